@@ -1,0 +1,1 @@
+"""Starts the other two packages: the `pixloom` command, launcher files, run configurations."""

@@ -1,0 +1,142 @@
+"""Bytes of samples to one batch: uint8 images, padded tokens, weights.
+
+Images stay uint8 until they are on the device; conversion and augmentation happen there
+(`pipeline.tasks`). A sample that cannot be read or decoded keeps its place with weight 0, so that
+damage never shifts the order.
+
+Legend of shape suffixes: B batch, C channels, H height, W width, T tokens (with <bos>, <eos>).
+"""
+
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+from pipeline.order import sample_hash
+from shards.format import IMAGE_EXTENSIONS, PAD, TOKENS_EXTENSION
+
+_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA}
+
+
+class SampleError(Exception):
+    """A sample's bytes are not what its shard's receipt says; the message names shard and key."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample's members by extension; `where` names shard and key for messages."""
+
+    where: str
+    key: str
+    members: dict[str, memoryview]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass of samples."""
+
+    image_BCHW: Tensor
+    """uint8"""
+    token_BT: Tensor
+    """int64, padded with <pad>; T = 0 for images alone"""
+    weight_B: Tensor
+    """float32; 0 for a sample that could not be read, else 1"""
+    augment_key_B: Tensor
+    """int64 in [0, 2**63), of (seed, epoch, sample)"""
+    keys: tuple[str, ...]
+    step: int
+    micro: int
+    first_place: int
+    """place of the first sample in the global batch"""
+    bad: tuple[str, ...]
+    """one line for each sample with weight 0: shard, key, cause"""
+
+    @property
+    def order_hash(self) -> int:
+        """Sum of `sample_hash` over the samples, modulo 2**64."""
+        places = range(self.first_place, self.first_place + len(self.keys))
+        return sum(map(sample_hash, places, self.keys)) % 2**64
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Called by the `DataLoader` on CUDA machines."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        return dataclasses.replace(
+            self,
+            image_BCHW=function(self.image_BCHW),
+            token_BT=function(self.token_BT),
+            weight_B=function(self.weight_B),
+            augment_key_B=function(self.augment_key_B),
+        )
+
+
+def assemble(
+    samples: Sequence[RawSample | SampleError],
+    *,
+    keys: Sequence[str],
+    augment_keys: Sequence[int],
+    image_CHW: tuple[int, int, int],
+    with_tokens: bool,
+    step: int,
+    micro: int,
+    first_place: int,
+) -> Batch:
+    """Decodes and stacks samples. A `SampleError` in `samples` stands for an unreadable one."""
+    images: list[Tensor] = []
+    tokens: list[Tensor] = []
+    weights: list[float] = []
+    bad: list[str] = []
+    for sample in samples:
+        try:
+            if isinstance(sample, SampleError):
+                raise sample
+            image = decode(sample, image_CHW[0])
+            if image.shape != image_CHW:
+                raise ValueError(f"CxHxW {list(image.shape)}, the manifest says {list(image_CHW)}")
+            token = read_tokens(sample) if with_tokens else torch.empty(0, dtype=torch.int64)
+            weight = 1.0
+        except (SampleError, RuntimeError, ValueError, KeyError) as error:
+            text = " ".join(str(error).split())
+            bad.append(f"{sample.where}: {text}" if isinstance(sample, RawSample) else text)
+            image = torch.zeros(image_CHW, dtype=torch.uint8)
+            token = torch.full((2,) if with_tokens else (0,), PAD)
+            weight = 0.0
+        images.append(image)
+        tokens.append(token)
+        weights.append(weight)
+    return Batch(
+        image_BCHW=torch.stack(images),
+        token_BT=torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=PAD),
+        weight_B=torch.tensor(weights, dtype=torch.float32),
+        augment_key_B=torch.tensor(augment_keys, dtype=torch.int64),
+        keys=tuple(keys),
+        step=step,
+        micro=micro,
+        first_place=first_place,
+        bad=tuple(bad),
+    )
+
+
+def decode(sample: RawSample, channels: int) -> Tensor:
+    """The image as uint8 (C, H, W). Raises RuntimeError or KeyError when there is none."""
+    for extension in IMAGE_EXTENSIONS:
+        if extension in sample.members:
+            data = torch.frombuffer(sample.members[extension], dtype=torch.uint8)
+            image: Tensor = decode_image(data, mode=_MODES[channels])
+            return image
+    raise KeyError(f"no image among its members {', '.join(sample.members)}")
+
+
+def read_tokens(sample: RawSample) -> Tensor:
+    """The token ids as int64 (T), with <bos> and <eos>."""
+    array = np.load(io.BytesIO(sample.members[TOKENS_EXTENSION]), allow_pickle=False)
+    return torch.from_numpy(array.astype(np.int64))

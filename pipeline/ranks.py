@@ -1,0 +1,49 @@
+"""The small talk between processes: exact sums of CPU tensors, over a gloo group of its own.
+
+Counts, digests, flags and metric rows go this way, so that none of them waits for the device or
+shares a stream with the gradients. One process talks to itself.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's `rank` among `world_size` processes."""
+
+    rank: int = 0
+    world_size: int = 1
+    group: "dist.ProcessGroup | None" = None
+
+    @classmethod
+    def of_run(cls, timeout: timedelta = timedelta(minutes=30)) -> "Ranks":
+        """From the initialised default process group, or one process without it."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+        return cls(dist.get_rank(), dist.get_world_size(), group)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The element-wise sum over ranks of a CPU tensor, in place; int64 wraps modulo 2**64."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def sum_int(self, *values: int) -> list[int]:
+        """Sums of Python ints over ranks, modulo 2**64, each in [-2**63, 2**63)."""
+        wrapped = [(value + 2**63) % 2**64 - 2**63 for value in values]
+        summed: list[int] = self.sum(torch.tensor(wrapped, dtype=torch.int64)).tolist()
+        return summed
+
+    def barrier(self) -> None:
+        self.sum_int(0)

@@ -1,0 +1,73 @@
+"""What a run tells people: lines on stderr, rows in RUN/metrics.jsonl. Rank 0 alone writes."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, to_toml
+from pipeline.ranks import Ranks
+from shards import storage
+
+
+class RunLog:
+    """Lines and rows of one run folder."""
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.ranks = ranks
+        self._since_s = time.perf_counter()
+        self._samples = 0
+        self._wait_s = 0.0
+
+    def start(self, config: Config, step: int) -> None:
+        """Writes config.toml, and takes back rows after `step`: they will be written again."""
+        self._since_s = time.perf_counter()
+        if not self.ranks.is_main:
+            return
+        storage.publish_text(to_toml(config), str(self.path.with_name("config.toml")))
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        storage.publish_text("".join(line + "\n" for line in kept), str(self.path))
+
+    def say(self, line: str) -> None:
+        if self.ranks.is_main:
+            print(f"pixloom: {line}", file=sys.stderr, flush=True)
+
+    def warn(self, line: str) -> None:
+        """A line from whichever rank has something to tell."""
+        print(f"pixloom: warning: {line}", file=sys.stderr, flush=True)
+
+    def count(self, samples: int, wait_s: float) -> None:
+        """Adds a step's samples and the seconds spent waiting for them."""
+        self._samples += samples
+        self._wait_s += wait_s
+
+    def speed(self) -> dict[str, float]:
+        """Samples a second and the share of time spent waiting for data, since the last call."""
+        elapsed_s = max(time.perf_counter() - self._since_s, 1e-9)
+        speed = {
+            "samples_per_s": round(self._samples / elapsed_s, 2),
+            "data_wait": round(self._wait_s / elapsed_s, 4),
+        }
+        self._since_s, self._samples, self._wait_s = time.perf_counter(), 0, 0.0
+        return speed
+
+    def row(self, row: dict[str, Any], of: int) -> None:
+        """Appends one JSON object to metrics.jsonl and shows it; `of` is the last step."""
+        if not self.ranks.is_main:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = {k: v for k, v in row.items() if k not in ("step", "order_digest") and v != 0}
+        cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+        self.say(f"step {row['step']}/{of}  {'  '.join(cells)}")
+
+
+def _step_of(line: str) -> float:
+    """The step of a row; a line that a kill cut short is after every step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

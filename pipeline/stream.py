@@ -1,0 +1,213 @@
+"""Sample ids to bytes: reads the spans of packed shards by offset, and feeds loader workers.
+
+A map-style dataset under a `DataLoader` whose sampler is the order itself: workers hold no state,
+so any number of them gives the same batches, and prefetching never moves a cursor. What the bytes
+mean is `pipeline.batch`'s business.
+"""
+
+import functools
+import itertools
+import os
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pipeline import rng
+from pipeline.batch import Batch, RawSample, SampleError, assemble
+from pipeline.order import Order, SampleIds
+from shards import storage
+from shards.format import Receipt, SampleSpan, ShardEntry, parse_index
+from shards.storage import UserError
+
+# Shards held open (and whose index is held) by one reader at a time: an order reads `lanes`
+# shards side by side, and a lane that crosses a border needs two.
+_OPEN_SHARDS = 64
+
+
+class SampleReader:
+    """Reads samples of one split by (shard, index), on local storage, with one `pread` each.
+
+    Indexes and receipts are read when a shard is first needed, so opening costs the same for any
+    number of shards. May be used after a fork and pickled to a spawned worker.
+    """
+
+    def __init__(self, root: str, shards: Sequence[ShardEntry]) -> None:
+        self.root = root
+        self.shards = tuple(shards)
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._spans = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._read_index)
+        self._receipt = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._read_receipt)
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[ShardEntry, ...]]]:
+        return SampleReader, (self.root, self.shards)
+
+    def __del__(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+    def key(self, shard: int, index: int) -> str:
+        """The sample's key, from the shard's index."""
+        return self._spans(shard)[index].key
+
+    def read(self, shard: int, index: int) -> RawSample:
+        """The members of one sample, checked against the CRC-32 of its shard's receipt.
+
+        Raises:
+            SampleError: the bytes are damaged or the shard is cut short.
+        """
+        span = self._spans(shard)[index]
+        where = f"{self.shards[shard].name} {span.key}"
+        data = bytearray(span.size)
+        try:
+            if os.preadv(self._descriptor(shard), [data], span.offset) != span.size:
+                raise SampleError(f"{where}: the shard ends inside the sample")
+        except OSError as error:
+            raise SampleError(f"{where}: cannot be read ({error.strerror})") from error
+        if zlib.crc32(data) != self._receipt(shard).crc32[index]:
+            raise SampleError(f"{where}: CRC-32 differs from the receipt's")
+        view = memoryview(data)
+        members = {}
+        for member in span.members:
+            start = member.offset - span.offset
+            members[member.extension] = view[start : start + member.size]
+        return RawSample(where, span.key, members)
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        while len(self._files) >= _OPEN_SHARDS:
+            os.close(self._files.popitem(last=False)[1])
+        path = storage.local_path(storage.join(self.root, self.shards[shard].name))
+        self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[shard]
+
+    def _read_index(self, shard: int) -> list[SampleSpan]:
+        entry = self.shards[shard]
+        url = storage.join(self.root, entry.index_name)
+        spans = parse_index(storage.read_text(url), url)
+        if len(spans) != entry.samples:
+            raise UserError(
+                f"{url}: {len(spans)} samples, the manifest says {entry.samples}; "
+                "run `pixloom verify` on the dataset"
+            )
+        return spans
+
+    def _read_receipt(self, shard: int) -> Receipt:
+        url = storage.join(self.root, self.shards[shard].receipt_name)
+        receipt = Receipt.from_json(storage.read_text(url), url)
+        if receipt.shard != self.shards[shard]:
+            raise UserError(f"{url}: is of another shard than the manifest's; pack was mixed up")
+        return receipt
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What one batch holds: a microbatch of a step, or a batch of a validation pass.
+
+    `first_place` is the place of the first sample in the global batch, `epoch` keys augmentation.
+    """
+
+    step: int
+    micro: int
+    epoch: int
+    first_place: int
+    ids: SampleIds
+
+
+class BatchDataset(Dataset[Batch]):
+    """Turns a `BatchPlan` into a `Batch`: a pure function, so any worker may do it."""
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        *,
+        image_CHW: tuple[int, int, int],
+        with_tokens: bool,
+        seed: int = 0,
+    ) -> None:
+        self.reader = reader
+        self.image_CHW = image_CHW
+        self.seed = seed
+        self.with_tokens = with_tokens
+
+    def __getitem__(self, plan: BatchPlan) -> Batch:
+        samples: list[RawSample | SampleError] = []
+        augment_keys = []
+        for shard, index in zip(plan.ids.shard_G.tolist(), plan.ids.index_G.tolist(), strict=True):
+            try:
+                samples.append(self.reader.read(shard, index))
+            except SampleError as error:
+                samples.append(error)
+            augment_keys.append(rng.torch_seed(self.seed, "augment", plan.epoch, shard, index))
+        return assemble(
+            samples,
+            keys=[
+                self.reader.key(*at) for at in zip(plan.ids.shard_G, plan.ids.index_G, strict=True)
+            ],
+            augment_keys=augment_keys,
+            image_CHW=self.image_CHW,
+            with_tokens=self.with_tokens,
+            step=plan.step,
+            micro=plan.micro,
+            first_place=plan.first_place,
+        )
+
+
+class TrainPlans(Sampler[BatchPlan]):
+    """This rank's microbatches of steps [start, stop), in order, across epochs."""
+
+    def __init__(self, order: Order, micros: range, start: int, stop: int) -> None:
+        self.order, self.micros, self.start, self.stop = order, micros, start, stop
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * len(self.micros)
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        size = self.order.micro_size
+        for step in range(self.start, self.stop):
+            ids = self.order.samples_of(step)
+            epoch, _ = self.order.epoch_of(step)
+            for micro in self.micros:
+                part = ids[micro * size : (micro + 1) * size]
+                yield BatchPlan(step, micro, epoch, micro * size, part)
+
+
+def make_loader(
+    dataset: BatchDataset, plans: Sampler[BatchPlan] | list[BatchPlan], *, workers: int, pin: bool
+) -> "DataLoader[Batch]":
+    """A loader that yields one `Batch` a plan, in the plans' order.
+
+    `generator` is given so that iterating never draws from the global random state, which would
+    make dropout depend on when a loader was started.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=plans,
+        num_workers=workers,
+        pin_memory=pin,
+        collate_fn=_as_is,
+        generator=torch.Generator(),
+    )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def grouped(loader: Iterable[Batch], size: int) -> Generator[tuple[list[Batch], float]]:
+    """The loader's batches, `size` at a time, and the seconds that each group was waited for."""
+    batches = iter(loader)
+    while True:
+        start_s = time.perf_counter()
+        group = list(itertools.islice(batches, size))
+        if not group:
+            return
+        yield group, time.perf_counter() - start_s

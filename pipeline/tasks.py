@@ -1,0 +1,177 @@
+"""What a model is trained for: the loss of a batch as a sum, its weight, its metric sums.
+
+Losses are sums, and the weight of a step is counted over all ranks before they are divided: so
+neither the number of processes nor the lengths of the sequences on one of them changes the
+gradient. Conversion and augmentation of images happen here, on the device.
+
+Legend of shape suffixes: B batch, C channels, H height, W width, T tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.batch import Batch
+from pipeline.decode import greedy
+from pipeline.metrics import CODE_COLUMNS, code_metrics, code_sums, psnr
+from pipeline.models import Autoencoder, AutoencoderConfig, ModelConfig, Seq2Seq
+from shards.format import BOS, EOS, PAD
+
+
+class Task(Protocol):
+    """One thing to train for. `dtype` is that of the images given to the model."""
+
+    metric: str
+    """the metric that says which checkpoint is best, unless validate.metric names another"""
+    columns: tuple[str, ...]
+    """names of what `metric_sums` gives"""
+
+    def weight(self, batch: Batch) -> int:
+        """What the loss sum of a batch on the CPU is divided by: valid tokens, or values."""
+
+    def loss_sum(self, model: nn.Module, batch: Batch, *, shift_px: int = 0) -> Tensor:
+        """Scalar sum of the loss over the batch's valid samples, on the batch's device."""
+
+    def metric_sums(self, model: nn.Module, batch: Batch) -> list[float]:
+        """`columns` summed over the batch. `model` is the bare one, in eval mode."""
+
+    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        """Metrics of the summed columns."""
+
+
+def build_task(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Task:
+    """The task of a model's configuration."""
+    if isinstance(config, AutoencoderConfig):
+        return AutoencoderTask(config, dtype)
+    return Seq2SeqTask(config.max_tokens, dtype)
+
+
+def prepare_images(batch: Batch, dtype: torch.dtype, shift_px: int = 0) -> Tensor:
+    """uint8 images to floats in [0, 1], channels last in memory; shifted when asked.
+
+    A shift is drawn evenly from [-shift_px, shift_px] along both axes, from the sample's own key;
+    what moves in repeats the border.
+    """
+    image_BCHW = batch.image_BCHW
+    if shift_px:
+        spread = 2 * shift_px + 1
+        down_B = batch.augment_key_B % spread - shift_px
+        right_B = batch.augment_key_B // spread % spread - shift_px
+        _, _, height, width = image_BCHW.shape
+        rows = torch.arange(height, device=down_B.device)
+        columns = torch.arange(width, device=down_B.device)
+        rows_BH = (rows - down_B[:, None]).clamp(0, height - 1)
+        columns_BW = (columns - right_B[:, None]).clamp(0, width - 1)
+        sample_B11 = torch.arange(len(image_BCHW), device=down_B.device)[:, None, None]
+        image_BHWC = image_BCHW.permute(0, 2, 3, 1)
+        image_BHWC = image_BHWC[sample_B11, rows_BH[:, :, None], columns_BW[:, None, :]]
+        image_BCHW = image_BHWC.permute(0, 3, 1, 2)
+    image_BCHW = image_BCHW.to(dtype=dtype, memory_format=torch.channels_last)
+    return image_BCHW / 255
+
+
+class Seq2SeqTask:
+    """Image to code: token-wise cross-entropy under teacher forcing, padding left out."""
+
+    metric = "exact_match"
+    columns: tuple[str, ...] = ("samples", "tokens", "loss_sum", "correct_tokens", *CODE_COLUMNS)
+
+    def __init__(self, max_tokens: int, dtype: torch.dtype = torch.float32) -> None:
+        self.max_tokens = max_tokens
+        self.dtype = dtype
+
+    def weight(self, batch: Batch) -> int:
+        return int((batch.token_BT[:, 1:] != PAD).sum())
+
+    def loss_sum(self, model: nn.Module, batch: Batch, *, shift_px: int = 0) -> Tensor:
+        logits_BTV = model(prepare_images(batch, self.dtype, shift_px), batch.token_BT[:, :-1])
+        return self._cross_entropy(logits_BTV, batch.token_BT[:, 1:])
+
+    def metric_sums(self, model: nn.Module, batch: Batch) -> list[float]:
+        assert isinstance(model, Seq2Seq)
+        image_BCHW = prepare_images(batch, self.dtype)
+        target_BT = batch.token_BT[:, 1:]
+        logits_BTV = model(image_BCHW, batch.token_BT[:, :-1])
+        predicted = greedy(model, image_BCHW, self.max_tokens)
+        return [
+            float(batch.weight_B.sum()),
+            float((target_BT != PAD).sum()),
+            float(self._cross_entropy(logits_BTV, target_BT)),
+            float(((logits_BTV.argmax(-1) == target_BT) & (target_BT != PAD)).sum()),
+            *code_sums(predicted, references(batch)),
+        ]
+
+    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        samples, tokens, loss_sum, correct, *code = sums
+        return {
+            "loss": loss_sum / max(tokens, 1),
+            "token_accuracy": correct / max(tokens, 1),
+            **code_metrics(samples, code),
+        }
+
+    @staticmethod
+    def _cross_entropy(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
+        # float32 at least: in half precision a sum over a batch's tokens loses digits.
+        logits_NV = logits_BTV.flatten(0, 1)
+        if logits_NV.dtype != torch.float64:
+            logits_NV = logits_NV.float()
+        return functional.cross_entropy(
+            logits_NV, target_BT.flatten(), ignore_index=PAD, reduction="sum"
+        )
+
+
+class AutoencoderTask:
+    """Image to itself: squared or absolute error over all values in [0, 1]."""
+
+    metric = "mse"
+    columns: tuple[str, ...] = ("samples", "values", "loss_sum", "squared_error", "psnr_sum")
+
+    def __init__(self, config: AutoencoderConfig, dtype: torch.dtype = torch.float32) -> None:
+        self.loss = config.loss
+        self.dtype = dtype
+
+    def weight(self, batch: Batch) -> int:
+        return int(batch.weight_B.sum()) * batch.image_BCHW[0].numel()
+
+    def loss_sum(self, model: nn.Module, batch: Batch, *, shift_px: int = 0) -> Tensor:
+        image_BCHW = prepare_images(batch, self.dtype, shift_px)
+        return self._error_sums(model(image_BCHW), image_BCHW, batch).sum()
+
+    def metric_sums(self, model: nn.Module, batch: Batch) -> list[float]:
+        assert isinstance(model, Autoencoder)
+        image_BCHW = prepare_images(batch, self.dtype)
+        reconstruction_BCHW = model(image_BCHW).to(self.dtype)
+        error_BCHW = (reconstruction_BCHW - image_BCHW).double()
+        squared_B = error_BCHW.square().flatten(1).sum(1)
+        values = image_BCHW[0].numel()
+        return [
+            float(batch.weight_B.sum()),
+            float(self.weight(batch)),
+            float(self._error_sums(reconstruction_BCHW, image_BCHW, batch).sum()),
+            math.fsum((squared_B * batch.weight_B).tolist()),
+            math.fsum(psnr(squared / values) for squared in squared_B.tolist()),
+        ]
+
+    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        samples, values, loss_sum, squared, psnr_sum = sums
+        mse = squared / values
+        return {
+            "loss": loss_sum / values,
+            "mse": mse,
+            "psnr_of_mean_mse": psnr(mse),
+            "mean_psnr": psnr_sum / samples,
+        }
+
+    def _error_sums(self, reconstruction_BCHW: Tensor, image_BCHW: Tensor, batch: Batch) -> Tensor:
+        error_BCHW = reconstruction_BCHW - image_BCHW
+        error_BCHW = error_BCHW.square() if self.loss == "mse" else error_BCHW.abs()
+        return error_BCHW.flatten(1).sum(1) * batch.weight_B
+
+
+def references(batch: Batch) -> list[list[int]]:
+    """The codes of a batch as token ids, without <bos>, <eos> and padding."""
+    return [[t for t in row if t not in (PAD, BOS, EOS)] for row in batch.token_BT.tolist()]

@@ -1,0 +1,300 @@
+"""The run, top to bottom: setup -> fit -> train_step -> validate -> save.
+
+    python -m pipeline.train --config launch/configs/demo.toml                  one process
+    torchrun --nproc-per-node 2 -m pipeline.train --config FILE                 two, on one machine
+    accelerate launch --config_file launch/accelerate/node.yaml -m pipeline.train --config FILE
+    ... --optim.lr 3e-4 --run.dir runs/second                                   flags win
+
+A run is a pure function of (configuration, data digest, step): order, augmentation, dropout and
+learning rate are computed from the step. So a checkpoint holds tensors and one step, and a run
+that was killed goes on as if it had not been, on any number of processes.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from pipeline import __version__, checkpoint
+from pipeline.batch import Batch
+from pipeline.build import dtype_of, new_accelerator, new_model, open_split, order_of
+from pipeline.config import (
+    Config,
+    add_config_flags,
+    config_from,
+    parse_flags,
+    to_dict,
+)
+from pipeline.metrics import is_better
+from pipeline.optim import build_optimizer, learning_rate
+from pipeline.order import Order, fold_digest
+from pipeline.ranks import Ranks
+from pipeline.resume import check_resumable, find_checkpoint
+from pipeline.rng import torch_seed
+from pipeline.runlog import RunLog
+from pipeline.state import TrainState
+from pipeline.stop import EXIT_REQUEUE, StopRequest
+from pipeline.stream import BatchDataset, TrainPlans, grouped, make_loader
+from pipeline.tasks import Task, build_task
+from pipeline.validate import evaluate
+from shards import storage
+from shards.storage import UserError
+
+
+@dataclass
+class Run:
+    """What the steps share."""
+
+    config: Config
+    order: Order
+    total_steps: int
+    train_data: BatchDataset
+    val_data: BatchDataset | None
+    accelerator: Accelerator
+    ranks: Ranks
+    task: Task
+    model: nn.Module
+    """the bare model; `wrapped` is the same one inside DDP and autocast"""
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    """the bare optimizer; `wrapped_optimizer` scales gradients in fp16"""
+    wrapped_optimizer: Any
+    state: TrainState
+    log: RunLog
+    data_digest: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`pixloom train`."""
+    parser = argparse.ArgumentParser(
+        prog="pixloom train",
+        description="Train, or go on with, a run. Start it under accelerate launch or torchrun.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout at the end")
+    add_config_flags(parser)
+
+    def action() -> int:
+        arguments = parse_flags(parser, argv)
+        return train(config_from(arguments), as_json=arguments.json)
+
+    return storage.command("train", action)
+
+
+def train(config: Config, *, as_json: bool = False) -> int:
+    """One run from its configuration; returns the exit status."""
+    run = setup(config)
+    stopped = fit(run)
+    if run.ranks.is_main and as_json:
+        print(json.dumps({**asdict(run.state), "stopped": stopped}))
+    run.accelerator.end_training()
+    return EXIT_REQUEUE if stopped else 0
+
+
+def setup(config: Config) -> Run:
+    """Everything a step needs, from the newest checkpoint that verifies or from scratch.
+
+    What the user can have got wrong is checked before a process group exists: an error on one
+    rank alone would leave the others waiting.
+    """
+    manifest = storage.load_manifest(config.data.url)
+    order = order_of(config, manifest)
+    try:
+        order.micros_of(0, int(os.environ.get("WORLD_SIZE", "1")))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    train_data = open_split(config.data.url, manifest, "train", seed=config.run.seed)
+    val_data = open_split(config.data.url, manifest, "val") if "val" in manifest.splits else None
+    check_resumable(config, manifest)
+
+    accelerator = new_accelerator(config)
+    ranks = Ranks.of_run()
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    model = new_model(config, manifest).to(accelerator.device)
+    optimizer = build_optimizer(model, config.optim)
+    state = TrainState()
+    log = RunLog(Path(config.run.dir), ranks)
+    found = find_checkpoint(config, ranks, log)
+    if found is not None:
+        checkpoint.restore(model, optimizer, checkpoint.load_tensors(found))
+        state = checkpoint.Meta.read(found).state
+    wrapped, wrapped_optimizer = accelerator.prepare(model, optimizer)
+    total_steps = config.run.steps or config.run.epochs * order.steps_per_epoch
+    run = Run(
+        config=config, data_digest=manifest.data_digest, order=order, total_steps=total_steps,
+        train_data=train_data, val_data=val_data, accelerator=accelerator, ranks=ranks,
+        task=build_task(config.model, dtype_of(config)), model=model, wrapped=wrapped,
+        optimizer=optimizer, wrapped_optimizer=wrapped_optimizer, state=state, log=log,
+    )  # fmt: skip
+    log.start(config, state.step)
+    log.say(
+        f"{config.model.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+        f", {ranks.world_size} x {accelerator.device.type}; {order.num_samples} samples, "
+        f"{order.steps_per_epoch} steps an epoch; steps {state.step} to {total_steps}"
+        + (f"; resumed from {found.name}" if found else "")
+    )
+    return run
+
+
+def fit(run: Run) -> bool:
+    """Trains to the last step; True when it was stopped before, with everything saved."""
+    config, state, order = run.config, run.state, run.order
+    micros = order.micros_of(run.ranks.rank, run.ranks.world_size)
+    plans = TrainPlans(order, micros, state.step, run.total_steps)
+    pin = run.accelerator.device.type == "cuda"
+    loader = make_loader(run.train_data, plans, workers=config.data.workers, pin=pin)
+    stop = StopRequest(config.run.max_time_s)
+    settle_buckets(run)
+    validate_every = config.validate.every_steps or order.steps_per_epoch
+    save_every = config.checkpoint.every_steps or order.steps_per_epoch
+    stopping = False
+    run.wrapped.train()
+    with stop.listening(), contextlib.closing(grouped(loader, len(micros))) as steps:
+        for batches, wait_s in steps:
+            stopping = train_step(run, batches, wait_s, stop)
+            last = state.step == run.total_steps
+            if run.val_data is not None and (last or state.step % validate_every == 0):
+                improved = validate(run, run.val_data)
+                patience = config.validate.patience
+                exhausted = 0 < patience <= state.stale_validations
+            else:
+                improved = exhausted = False
+            if last or improved or stopping or exhausted or state.step % save_every == 0:
+                save(run)
+            if exhausted:
+                run.log.say(f"no better metric in {patience} validations: stopping early")
+                return False
+            if stopping and not last:
+                run.log.say(f"stopped after step {state.step}, saved; start again to go on")
+                return True
+    return False
+
+
+def train_step(run: Run, batches: Sequence[Batch], wait_s: float, stop: StopRequest) -> bool:
+    """One optimizer step over this rank's microbatches; True when some rank was asked to stop."""
+    config, state, accelerator = run.config, run.state, run.accelerator
+    # The step's one exchange besides the gradients: the weight that the loss is divided by, the
+    # hash of what was consumed, what could not be read, and whether anyone wants to stop.
+    weight, order_hash, num_bad, stopping = run.ranks.sum_int(
+        sum(run.task.weight(batch) for batch in batches),
+        sum(batch.order_hash for batch in batches),
+        sum(len(batch.bad) for batch in batches),
+        int(stop.requested),
+    )
+    account_for_bad(run, batches, num_bad)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for place, batch in enumerate(batches):
+        # Dropout depends on the microbatch, never on the process that computes it.
+        torch.manual_seed(torch_seed(config.run.seed, "dropout", state.step, batch.micro))
+        last = place == len(batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(run.wrapped):
+            micro_loss_sum = run.task.loss_sum(
+                run.wrapped, batch.to(accelerator.device), shift_px=config.data.shift_px
+            )
+            # DDP averages over ranks: times W, the average is the sum.
+            accelerator.backward(micro_loss_sum * (run.ranks.world_size / max(weight, 1)))
+        loss_sum += micro_loss_sum.detach()
+    clip_norm = config.optim.clip_norm or math.inf
+    grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), clip_norm)
+    lr = learning_rate(state.step, config.optim, run.total_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    finite = bool(torch.isfinite(grad_norm))
+    if finite or config.optim.precision == "fp16":  # fp16's scaler must see overflows itself
+        run.wrapped_optimizer.step()
+    run.wrapped_optimizer.zero_grad()
+
+    epoch, _ = run.order.epoch_of(state.step)
+    state.step += 1
+    state.skipped_steps += int(not finite)
+    state.order_digest = fold_digest(state.order_digest, order_hash)
+    run.log.count(run.order.global_size, wait_s)
+    if state.step % config.run.log_every_steps == 0 or state.step == run.total_steps:
+        loss = float(run.ranks.sum(loss_sum.cpu())) / max(weight, 1)
+        run.log.row(
+            {"step": state.step, "epoch": epoch, "loss": loss, "lr": lr,
+             "grad_norm": float(grad_norm), **run.log.speed(), "order_digest": state.order_digest,
+             "skipped_steps": state.skipped_steps, "bad_samples": state.bad_samples},
+            of=run.total_steps,
+        )  # fmt: skip
+    return stopping > 0
+
+
+def validate(run: Run, data: BatchDataset) -> bool:
+    """Logs all metrics of the validation split; True when they are the best so far."""
+    state = run.state
+    metrics = evaluate(
+        run.model, run.task, data, run.ranks, run.accelerator, workers=run.config.data.workers
+    )
+    epoch, _ = run.order.epoch_of(state.step - 1)
+    run.log.row({"step": state.step, "epoch": epoch, "split": "val", **metrics}, of=run.total_steps)
+    metric = run.config.validate.metric or run.task.metric
+    if metric not in metrics:
+        raise UserError(f"validate.metric = {metric}: choose one of {', '.join(metrics)}")
+    if is_better(metric, metrics[metric], state.best_metric):
+        state.best_metric, state.best_step, state.stale_validations = metrics[metric], state.step, 0
+        return True
+    state.stale_validations += 1
+    return False
+
+
+def save(run: Run) -> None:
+    """Commits a checkpoint of the finished step, then prunes older ones."""
+    config = run.config
+    directory = Path(config.run.dir) / "checkpoints"
+    meta = checkpoint.Meta(
+        state=run.state,
+        config=to_dict(config),
+        data_digest=run.data_digest,
+        versions={"pixloom": __version__, "torch": str(torch.__version__)},
+    )
+    checkpoint.save(directory, checkpoint.tensors_of(run.model, run.optimizer), meta, run.ranks)
+    if run.ranks.is_main:
+        checkpoint.prune(directory, config.checkpoint.keep_last, run.state.best_step)
+
+
+def settle_buckets(run: Run) -> None:
+    """One backward pass that changes nothing, before the first step.
+
+    DDP lays out its gradient buckets anew after the first backward pass, and with three ranks or
+    more the layout decides in which order gradients are added. So a run that resumes would round
+    differently from the one that never stopped.
+    """
+    if run.ranks.world_size == 1 or run.state.step >= run.total_steps:
+        return
+    micros = run.order.micros_of(run.ranks.rank, run.ranks.world_size)
+    plans = TrainPlans(run.order, micros, run.state.step, run.state.step + 1)
+    batch = run.train_data[next(iter(plans))].to(run.accelerator.device)
+    run.accelerator.backward(run.task.loss_sum(run.wrapped, batch) * 0)
+    run.wrapped_optimizer.zero_grad()
+
+
+def account_for_bad(run: Run, batches: Sequence[Batch], num_bad: int) -> None:
+    """Counts samples of weight 0 over all ranks; raises `UserError` above data.max_bad."""
+    if not num_bad:
+        return
+    own = [line for batch in batches for line in batch.bad]
+    for line in own:
+        run.log.warn(f"{line}; its place in step {run.state.step} has weight 0")
+    run.state.bad_samples += num_bad
+    if run.state.bad_samples > run.config.data.max_bad:
+        raise UserError(
+            f"{run.config.data.url}: {run.state.bad_samples} damaged samples, data.max_bad allows "
+            f"{run.config.data.max_bad} ({own[0] if own else 'another rank names them'})"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

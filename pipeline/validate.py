@@ -1,0 +1,140 @@
+"""Exact validation: every sample of a split once, on any number of processes.
+
+Batches are fixed; batch b is rank (b mod W)'s; nothing is exchanged until the end, when the rows
+of per-batch sums meet. The number of samples must equal the manifest's.
+
+    python -m pipeline.validate RUN --split test                    one process
+    torchrun --nproc-per-node 2 -m pipeline.validate RUN --split test
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from pipeline import checkpoint
+from pipeline.build import dtype_of, load_model, new_accelerator, open_split
+from pipeline.config import config_of, read_toml
+from pipeline.metrics import merge
+from pipeline.order import validation_batches
+from pipeline.ranks import Ranks
+from pipeline.stream import BatchDataset, BatchPlan, make_loader
+from pipeline.tasks import Task, build_task
+from shards import storage
+from shards.format import TOKENIZER_NAME, Manifest
+from shards.storage import UserError
+
+_BATCH_SAMPLES = 32
+"""Samples of a validation batch: fixed, so that metrics do not depend on how a run was batched."""
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    dataset: BatchDataset,
+    ranks: Ranks,
+    accelerator: Accelerator,
+    *,
+    workers: int = 0,
+) -> dict[str, float]:
+    """Metrics of the bare `model` over all samples behind `dataset`; the same on every rank.
+
+    Raises:
+        UserError: samples that cannot be read; the message names the first ones of this rank.
+    """
+    counts = [shard.samples for shard in dataset.reader.shards]
+    plans = [
+        BatchPlan(step=0, micro=number, epoch=0, first_place=number * _BATCH_SAMPLES, ids=ids)
+        for number, ids in enumerate(validation_batches(counts, _BATCH_SAMPLES))
+    ]
+    own = plans[ranks.rank :: ranks.world_size]
+    rows = torch.zeros(len(plans), len(task.columns), dtype=torch.float64)
+    bad: list[str] = []
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode(), accelerator.autocast():
+        loader = make_loader(dataset, own, workers=workers, pin=accelerator.device.type == "cuda")
+        for batch in loader:
+            bad += batch.bad
+            sums = task.metric_sums(model, batch.to(accelerator.device))
+            rows[batch.micro] = torch.tensor(sums, dtype=torch.float64)
+    model.train(was_training)
+    ranks.sum(rows)
+    totals = merge(rows.tolist())
+    if totals[0] != sum(counts):
+        raise UserError(
+            f"{dataset.reader.root}: validation counted {totals[0]:.0f} samples, the manifest says "
+            f"{sum(counts)}; {'; '.join(bad[:3]) or 'other ranks name them'}"
+        )
+    return {"samples": totals[0], **task.metrics(totals)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`pixloom validate`."""
+    parser = argparse.ArgumentParser(
+        prog="pixloom validate", description="All metrics of a checkpoint on one split, exactly."
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    parser.add_argument("--split", default="val", help="split of the dataset [val]")
+    parser.add_argument(
+        "--checkpoint", default="best", help="best, last, or a step's number [best]"
+    )
+    parser.add_argument("--data.url", dest="url", help="validate on another packed dataset")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes a rank [0]")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return storage.command("validate", lambda: _validate(parser.parse_args(argv)))
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    run: Path = arguments.run
+    config = config_of(read_toml(str(run / "config.toml")), str(run / "config.toml"))
+    chosen = checkpoint.choose(run, arguments.checkpoint)
+    trained_on = storage.load_manifest(config.data.url)
+    root = arguments.url or config.data.url
+    manifest = storage.load_manifest(root)
+    if _tokenizer_sha256(manifest) != _tokenizer_sha256(trained_on):
+        raise UserError(
+            f"{root}: packed with another tokenizer than {config.data.url}; pack it with "
+            f"--tokenizer {storage.join(config.data.url, TOKENIZER_NAME)}"
+        )
+    dataset = open_split(root, manifest, arguments.split)
+    accelerator = new_accelerator(config)
+    ranks = Ranks.of_run()
+    model = load_model(config, trained_on, chosen).to(accelerator.device)
+    metrics = evaluate(
+        model,
+        build_task(config.model, dtype_of(config)),
+        dataset,
+        ranks,
+        accelerator,
+        workers=arguments.workers,
+    )
+    if ranks.is_main:
+        row: dict[str, Any] = {"split": arguments.split, "checkpoint": chosen.name, **metrics}
+        storage.publish_text(
+            json.dumps(row, indent=1) + "\n", str(run / f"validate-{arguments.split}.json")
+        )
+        if arguments.json:
+            print(json.dumps(row))
+        else:
+            print("\n".join(f"{name:18} {_shown(value)}" for name, value in row.items()))
+    accelerator.end_training()
+    return 0
+
+
+def _shown(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _tokenizer_sha256(manifest: Manifest) -> str | None:
+    return manifest.tokenizer.sha256 if manifest.tokenizer else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Packs images, or images with code, into WebDataset tar shards. Never imports torch."""

@@ -1,0 +1,259 @@
+"""The image gate: untrusted bytes in; checked, upright, uniform images out.
+
+Every image of a dataset goes through `fit_and_encode`, whose result depends on the bytes and the
+policy alone, and comes back to training through `decode`. Limits are checked on the header, before
+a decoder allocates anything. Which images there are is the subject of `shards.sources`.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from shards.format import ImagePolicy
+from shards.storage import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 65_535
+MAX_FILE_BYTES = 512 * 2**20
+
+_EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MAGIC = re.compile(
+    rb"\x89PNG\r\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM|II\*\0|MM\0\*|II\+\0|MM\0\+", re.DOTALL
+)
+
+
+class ImageRefused(Exception):  # noqa: N818 (an outcome with a cause, not a fault)
+    """An image that is not packed; `cause` is one word, counted under it.
+
+    One of `empty`, `too_large`, `unsupported_format`, `unsupported_mode`, `truncated`, `corrupt`.
+    """
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class PackedImage:
+    """An image as it goes into a shard. `width` and `height` are the upright original's."""
+
+    extension: str
+    data: bytes
+    width: int
+    height: int
+
+
+def make_policy(
+    *,
+    size: tuple[int, int] | None,
+    fit: str | None,
+    encode: str | None,
+    channels: int,
+    quality: int,
+    background: tuple[int, int, int],
+) -> ImagePolicy:
+    """The policy that options ask for; `size` is (width, height) in pixels.
+
+    Raises `UserError` naming the option that does not go with another.
+    """
+    if size is None and fit not in (None, "none"):
+        raise UserError(f"--fit {fit} needs --size WxH")
+    if size is not None and fit == "none":
+        raise UserError("--fit none keeps every image's size; drop it or --size")
+    if size is not None and encode == "keep":
+        raise UserError("--encode keep keeps the file's bytes; drop it or --size")
+    if size is not None and size[0] * size[1] > MAX_PIXELS:
+        raise UserError(f"--size {size[0]}x{size[1]}: more than {MAX_PIXELS} pixels")
+    if encode == "jpeg" and channels == 4:
+        raise UserError("--encode jpeg has no alpha channel; use png or webp with --channels 4")
+    chosen_fit = fit or ("none" if size is None else "stretch")
+    chosen_encode = encode or ("keep" if size is None else "png")
+    return ImagePolicy(
+        width=size[0] if size is not None else None,
+        height=size[1] if size is not None else None,
+        channels=channels,
+        fit=chosen_fit,  # type: ignore[arg-type]
+        encode=chosen_encode,  # type: ignore[arg-type]
+        quality=quality,
+        background=background,
+    )
+
+
+def read_size(data: bytes) -> tuple[int, int]:
+    """The upright (width, height) that the header states. Raises `ImageRefused`."""
+    with _opened(data, FORMATS) as image:
+        return _upright_size(image)
+
+
+def read_channels(data: bytes) -> int:
+    """How many channels the header states; 0 for palettes and others. Raises `ImageRefused`."""
+    with _opened(data, FORMATS) as image:
+        return next((number for number, mode in _MODES.items() if mode == image.mode), 0)
+
+
+def fit_and_encode(data: bytes, policy: ImagePolicy) -> PackedImage:
+    """Decodes, turns upright, converts, fits and encodes one image. Raises `ImageRefused`.
+
+    With `encode` = `keep` the bytes stay as they are where they already are what training reads:
+    one upright PNG, JPEG or WEBP frame in the mode of `policy.channels`. Otherwise the image is
+    encoded as PNG, which loses nothing. Of an animation the first frame is taken.
+    """
+    with _opened(data, FORMATS) as image, _refusing():
+        image.load()
+        width, height = _upright_size(image)
+        if policy.encode == "keep" and _is_plain(image, _MODES[policy.channels]):
+            return PackedImage(_EXTENSIONS[str(image.format)], data, width, height)
+        turn = _TURNS.get(_orientation(image))
+        upright = image.transpose(turn) if turn is not None else image
+        fitted = _fit(_convert(upright, str(image.format), policy), policy)
+        extension, encoded = _encode(fitted, policy)
+    return PackedImage(extension, encoded, width, height)
+
+
+def decode(data: bytes, channels: int) -> NDArray[np.uint8]:
+    """The pixels of a packed image: uint8, (height, width, channels). Raises `ImageRefused`."""
+    with _opened(data, tuple(_EXTENSIONS)) as image, _refusing():
+        mode = _MODES[channels]
+        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+        return cast(NDArray[np.uint8], pixels.reshape(image.height, image.width, channels))
+
+
+@contextmanager
+def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    if not data:
+        raise ImageRefused("empty")
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageRefused("too_large")
+    with warnings.catch_warnings():
+        # Pillow warns of odd metadata and of sizes; what matters of it is decided here.
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=formats)
+        except Image.DecompressionBombError as error:
+            raise ImageRefused("too_large") from error
+        except Exception as error:
+            known = _MAGIC.match(data) is not None
+            raise ImageRefused(_cause(error) if known else "unsupported_format") from error
+        with image:
+            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+                raise ImageRefused("too_large")
+            yield image
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except ImageRefused:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageRefused("too_large") from error
+    except Exception as error:
+        # Decoders fed with damaged bytes raise nearly anything, IndexError and TypeError among it.
+        raise ImageRefused(_cause(error)) from error
+
+
+def _cause(error: Exception) -> str:
+    return "truncated" if "truncated" in str(error).lower() else "corrupt"
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        # The base class's method: that of PNG decodes the whole image in search of metadata.
+        return int(Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1))
+    except Exception:
+        return 1  # Damaged metadata says nothing about the pixels.
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+def _is_plain(image: Image.Image, mode: str) -> bool:
+    return (
+        image.format in _EXTENSIONS
+        and image.mode == mode
+        and "transparency" not in image.info
+        and not getattr(image, "is_animated", False)
+        and _orientation(image) not in _TURNS
+    )
+
+
+def _convert(image: Image.Image, source_format: str, policy: ImagePolicy) -> Image.Image:
+    """To the policy's mode: 16 bits are scaled, and transparency shows the background."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and source_format == "PNG"):
+        deep = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode in ("I", "F", "LAB"):
+        # 32-bit and floating-point pixels have no known range, LAB needs a colour profile.
+        raise ImageRefused("unsupported_mode")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if policy.channels != 4:
+            opaque = Image.new("RGBA", image.size, (*policy.background, 255))
+            image = Image.alpha_composite(opaque, image).convert("RGB")
+    mode = _MODES[policy.channels]
+    if image.mode not in (mode, "L", "RGB"):
+        image = image.convert("RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _fit(image: Image.Image, policy: ImagePolicy) -> Image.Image:
+    if policy.width is None or policy.height is None:
+        return image
+    size = (policy.width, policy.height)
+    if image.size == size:
+        return image
+    if policy.fit == "none":
+        raise ImageRefused("corrupt")  # Its header had stated the size all images share.
+    # Lanczos averages over all pixels that fall into one, so thin strokes of text survive.
+    how = Image.Resampling.LANCZOS
+    if policy.fit == "crop":
+        return ImageOps.fit(image, size, how)
+    if policy.fit == "pad":
+        return ImageOps.pad(image, size, how, _paint(policy, image.mode))
+    # A gap of 3 is a third faster for screenshots; pixels differ by a few levels at most.
+    return image.resize(size, how, reducing_gap=3.0)
+
+
+def _paint(policy: ImagePolicy, mode: str) -> int | tuple[int, ...]:
+    if mode == "L":
+        return cast(int, Image.new("RGB", (1, 1), policy.background).convert("L").getpixel((0, 0)))
+    return policy.background if mode == "RGB" else (*policy.background, 255)
+
+
+def _encode(image: Image.Image, policy: ImagePolicy) -> tuple[str, bytes]:
+    # The same pixels give the same bytes: metadata stays out, every encoder setting is stated.
+    image = image.copy()
+    image.info = {}
+    image.getexif().clear()
+    out = io.BytesIO()
+    if policy.encode == "jpeg":
+        image.save(out, "JPEG", quality=policy.quality, subsampling=0, optimize=False)
+        return "jpg", out.getvalue()
+    if policy.encode == "webp":
+        image.save(out, "WEBP", quality=policy.quality, method=4, lossless=False, exact=True)
+        return "webp", out.getvalue()
+    image.save(out, "PNG", compress_level=6, optimize=False)
+    return "png", out.getvalue()

@@ -1,0 +1,672 @@
+"""Packing: a folder in, a dataset of tar shards out; resumed where a killed pack stopped.
+
+One task is one shard, a pure function of its entry in the plan: the same input gives the same
+bytes, whatever the number of workers and however often it was killed. Files appear in the order
+plan, tokenizer, (tar, index, receipt) of each shard, manifest; each commits those before it.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+import tarfile
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import ImageColor
+from tokenizers import Tokenizer
+
+from shards import engines, images, plan, sources, storage, tokens, verify
+from shards.format import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    TAR_BLOCK_BYTES,
+    TOKENIZER_NAME,
+    TOKENS_EXTENSION,
+    FormatError,
+    ImagePolicy,
+    Manifest,
+    Member,
+    Receipt,
+    SampleSpan,
+    ShardEntry,
+    TokenizerEntry,
+    format_index,
+)
+from shards.plan import Options, Plan, PlannedSample, PlannedShard
+from shards.sources import Listing, Skip
+from shards.storage import SCRATCH_NAME, UserError, command, join
+
+SHOWN_NAMES = 3
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write: where from, where to, and its entry in the plan."""
+
+    source: Path
+    out: str
+    scratch: Path
+    shard: PlannedShard
+    image: ImagePolicy
+    tokenizer_sha256: str | None
+    max_tokens: int | None
+    plan_hash: str
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a call of `pack` did. `skips` are those of the plan and of the shards written now."""
+
+    manifest: Manifest
+    plan: Plan
+    num_written: int
+    skips: tuple[Skip, ...]
+    num_other_files: int
+
+
+class TooManyBadError(Exception):
+    """More samples were skipped than `--max-bad` allows."""
+
+
+class TarWriter:
+    """Writes samples into a USTAR file, headers and all fixed but for name and size."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self.num_bytes = 0
+        self.spans: list[SampleSpan] = []
+        self.crc32: list[int] = []
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Appends the sample `key`; `members` maps extensions to contents."""
+        start, parts, found = self.num_bytes, [], []
+        offset = start
+        for extension, data in sorted(members.items()):
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size, info.mode = len(data), 0o644
+            padding = bytes(-len(data) % TAR_BLOCK_BYTES)
+            parts += [info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"), data, padding]
+            found.append(Member(extension, offset + TAR_BLOCK_BYTES, len(data)))
+            offset += TAR_BLOCK_BYTES + len(data) + len(padding)
+        span = SampleSpan(key, tuple(found))
+        block = b"".join(parts)
+        self.spans.append(span)
+        self.crc32.append(zlib.crc32(block[: span.size]))
+        self._write(block)
+
+    def close(self) -> str:
+        """Writes the end of the archive; returns the file's SHA-256."""
+        self._write(bytes(2 * TAR_BLOCK_BYTES))
+        return self._sha256.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self.num_bytes += len(data)
+
+
+def write_shard(task: ShardTask) -> tuple[Receipt, list[Skip]]:
+    """Builds one shard and publishes tar, index and receipt, in this order.
+
+    A sample that does not decode, or has too many tokens, becomes a skip. Raises `UserError` when
+    a file is no longer what the plan was made from.
+    """
+    name = task.shard.name
+    tokenizer = None
+    if task.tokenizer_sha256 is not None:
+        tokenizer = _load_tokenizer(join(task.out, TOKENIZER_NAME), task.tokenizer_sha256)
+    scratch = task.scratch / name.replace("/", "-")
+    skips: list[Skip] = []
+    num_tokens: list[int] = []
+    with storage.explained(task.out), scratch.open("wb") as file:
+        tar = TarWriter(file)
+        for sample in task.shard.samples:
+            engines.note(sample.image)
+            members = _make_members(task, sample, tokenizer, num_tokens)
+            if isinstance(members, Skip):
+                skips.append(members)
+            else:
+                tar.add(sample.key, members)
+        sha256 = tar.close()
+    entry = ShardEntry(name, len(tar.spans), tar.num_bytes, sha256)
+    receipt = Receipt(
+        shard=entry,
+        crc32=tuple(tar.crc32),
+        num_tokens=tuple(num_tokens),
+        skips=plan.causes(skips),
+        plan_hash=task.plan_hash,
+    )
+    storage.publish(scratch, join(task.out, name))
+    storage.publish_text(format_index(tar.spans), join(task.out, entry.index_name))
+    storage.publish_text(receipt.to_json(), join(task.out, entry.receipt_name))
+    return receipt, skips
+
+
+def pack(
+    source: Path,
+    out: str,
+    listing: Listing,
+    options: Options,
+    tokenizer_json: str | None,
+    workers: int,
+    *,
+    overwrite: bool = False,
+    max_bad: int | None = None,
+) -> Packed:
+    """Packs what is listed of `source` into `out`, or finishes an interrupted pack of the same.
+
+    With `tokenizer_json` that tokenizer is used, else one is trained on the split named train.
+
+    Raises `UserError`, and `TooManyBadError` above `max_bad` skipped samples.
+    """
+    records, refused = plan.scan(source, listing, workers)
+    skips = sorted((*listing.skips, *refused), key=lambda skip: (skip.cause, skip.name))
+    if not records:
+        raise UserError(f"{source}: nothing to pack there ({describe_skips(skips)})")
+    _check_max_bad(skips, max_bad)
+    dealt = plan.deal(records, plan.parse_split(options.split), options.seed)
+    if options.kind == "pairs" and tokenizer_json is None:
+        training = [one.pair.code for group in dealt["train"] for one in group]
+        counts = plan.count_words(source, [name for name in training if name], workers)
+        tokenizer_json = tokens.train_word_tokenizer(counts, options.min_frequency)
+    sha256 = None
+    if tokenizer_json is not None:
+        sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
+    new = plan.make_plan(options, dealt, skips, sha256)
+    _refuse_foreign(out)
+    with storage.exclusive(out) as scratch:
+        _settle(out, new, overwrite)
+        if not storage.exists(join(out, PLAN_NAME)):
+            storage.publish_text(new.to_json(), join(out, PLAN_NAME))
+        if tokenizer_json is not None:
+            _publish_tokenizer(out, tokenizer_json)
+        receipts = _valid_receipts(out, new, workers)
+        todo = [
+            ShardTask(
+                source=source.absolute(),
+                out=out,
+                scratch=scratch.absolute(),
+                shard=shard,
+                image=new.image,
+                tokenizer_sha256=sha256,
+                max_tokens=options.max_tokens,
+                plan_hash=new.plan_hash,
+            )
+            for shard in new.shards
+            if shard.name not in receipts
+        ]
+        if todo:
+            storage.remove(join(out, MANIFEST_NAME))
+        total = sum(len(task.shard.samples) for task in todo)
+        written = engines.run(write_shard, todo, workers, lambda task: task.shard.name)
+        shown = engines.progress(written, total, "packed", lambda done: len(done[0].shard.samples))
+        for task, (receipt, shard_skips) in shown:
+            receipts[task.shard.name] = receipt
+            skips += shard_skips
+            _check_max_bad(skips, max_bad)
+        manifest = _make_manifest(out, new, receipts, tokenizer_json)
+        _publish_manifest(out, manifest)
+    return Packed(manifest, new, len(todo), tuple(skips), listing.num_other_files)
+
+
+def describe_skips(skips: Sequence[Skip]) -> str:
+    """Causes with their counts and first names, as in `2 corrupt: 'a.png', 'b.png'`."""
+    parts = []
+    for cause, count in plan.causes(skips).items():
+        names = [ascii(skip.name) for skip in skips if skip.cause == cause]
+        more = ", ..." if count > SHOWN_NAMES else ""
+        parts.append(f"{count} {cause}: {', '.join(names[:SHOWN_NAMES])}{more}")
+    return "; ".join(parts)
+
+
+def _make_members(
+    task: ShardTask, sample: PlannedSample, tokenizer: Tokenizer | None, num_tokens: list[int]
+) -> dict[str, bytes] | Skip:
+    data = _read_planned(task.source, sample.image, sample.image_sha256)
+    try:
+        image = images.fit_and_encode(data, task.image)
+    except images.ImageRefused as refused:
+        return Skip(refused.cause, sample.image)
+    about = {
+        "source": sample.image,
+        "sha256": sample.image_sha256,
+        "width": image.width,
+        "height": image.height,
+    }
+    members = {"json": json.dumps(about).encode(), image.extension: image.data}
+    if tokenizer is not None and sample.code is not None:
+        code = _read_planned(task.source, sample.code, sample.code_sha256)
+        ids = tokens.encode(tokenizer, plan.read_code(code))
+        if task.max_tokens is not None and len(ids) > task.max_tokens:
+            return Skip("too_many_tokens", sample.code)
+        num_tokens.append(len(ids))
+        vocab_size = tokenizer.get_vocab_size()
+        members |= {"txt": code, TOKENS_EXTENSION: tokens.to_npy(ids, vocab_size)}
+    return members
+
+
+def _read_planned(source: Path, name: str, sha256: str | None) -> bytes:
+    try:
+        data = sources.read_file(source, name)
+    except OSError as error:
+        raise UserError(f"{source}/{name}: {error.strerror or error}; pack again") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{source}/{name}: changed while it was packed; pack again")
+    return data
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(url: str, sha256: str) -> Tokenizer:
+    text = storage.read_text(url)
+    if hashlib.sha256(text.encode()).hexdigest() != sha256:
+        raise UserError(f"{url}: changed while it was used; pack again with --overwrite")
+    return tokens.load_tokenizer(text, url)
+
+
+def _check_max_bad(skips: Sequence[Skip], max_bad: int | None) -> None:
+    if max_bad is not None and len(skips) > max_bad:
+        raise TooManyBadError(
+            f"{len(skips)} files skipped, --max-bad allows {max_bad}: {describe_skips(skips)}"
+        )
+
+
+def _refuse_foreign(out: str) -> None:
+    """Raises `UserError` for a place that holds something, but no pack of ours."""
+    path = storage.local_path(out)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"{out}: not a folder; choose another OUT")
+    names = {entry.name for entry in path.iterdir() if not entry.name.endswith(SCRATCH_NAME)}
+    if names and PLAN_NAME not in names:
+        raise UserError(f"{out}: not empty, and not begun by pack; choose another OUT")
+
+
+def _settle(out: str, new: Plan, overwrite: bool) -> None:
+    """Makes room for `new`: nothing of another plan is left, or `UserError` says what differs."""
+    url = join(out, PLAN_NAME)
+    if not storage.exists(url):
+        return
+    old, found = None, []
+    try:
+        old = Plan.from_json(storage.read_text(url), url)
+        if old.plan_hash == new.plan_hash and not overwrite:
+            return
+        found = plan.differences(old, new)
+    except FormatError as error:
+        found = [str(error)]
+    if not overwrite:
+        raise UserError(
+            f"{out}: holds another pack ({'; '.join(found)}); give --overwrite to replace it, or "
+            "choose another OUT"
+        )
+    # Deleted in the reverse of the order in which they vouch for each other; the plan goes last,
+    # so that what a kill leaves is still known as ours.
+    storage.remove(join(out, MANIFEST_NAME))
+    root = storage.local_path(out)
+    shards = sorted(
+        path.with_suffix("")
+        for path in root.glob("*/*")
+        if re.fullmatch(r"[0-9]{6}\.(json|tar|idx)", path.name)
+    )
+    for suffix in (".json", ".tar", ".idx"):
+        for shard in shards:
+            shard.with_suffix(suffix).unlink(missing_ok=True)
+    for folder in {shard.parent for shard in shards}:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    storage.remove(join(out, TOKENIZER_NAME))
+    storage.remove(url)
+
+
+def _publish_tokenizer(out: str, text: str) -> None:
+    url = join(out, TOKENIZER_NAME)
+    if not storage.exists(url) or storage.read_bytes(url) != text.encode():
+        storage.publish_text(text, url)
+
+
+def _valid_receipts(out: str, new: Plan, workers: int) -> dict[str, Receipt]:
+    """Receipts of this plan whose shard and index are on storage as they say."""
+    claimed = {}
+    for shard in new.shards:
+        url = join(out, shard.name.removesuffix(".tar") + ".json")
+        if storage.exists(url):
+            try:
+                receipt = Receipt.from_json(storage.read_text(url), url)
+            except FormatError:
+                continue
+            if receipt.plan_hash == new.plan_hash and receipt.shard.name == shard.name:
+                claimed[shard.name] = receipt
+    checks = [verify.ShardCheck(out, receipt.shard, new.plan_hash) for receipt in claimed.values()]
+    results = engines.run(verify.check_shard, checks, workers, lambda check: check.entry.name)
+    return {
+        check.entry.name: claimed[check.entry.name] for check, problems in results if not problems
+    }
+
+
+def _make_manifest(
+    out: str, new: Plan, receipts: Mapping[str, Receipt], tokenizer_json: str | None
+) -> Manifest:
+    """The manifest of all receipts, read back from storage. Raises `UserError`."""
+    skips = plan.causes(new.skips)
+    splits: dict[str, list[ShardEntry]] = {split: [] for split in new.splits}
+    longest = 0
+    for shard in new.shards:
+        receipt = receipts[shard.name]
+        url = join(out, receipt.shard.receipt_name)
+        stored = Receipt.from_json(storage.read_text(url), url)
+        if stored != receipt or storage.size_bytes(join(out, shard.name)) != receipt.shard.bytes:
+            raise UserError(f"{url}: changed while the dataset was packed; pack again")
+        for cause, count in receipt.skips.items():
+            skips[cause] = skips.get(cause, 0) + count
+        longest = max(longest, *receipt.num_tokens, 0)
+        # A shard of which every sample was refused has nothing to read.
+        if receipt.shard.samples:
+            splits[shard.name.partition("/")[0]].append(receipt.shard)
+    for split, entries in splits.items():
+        if not entries:
+            raise UserError(f"{out}: every sample of the split {split!r} was refused")
+    entry = None
+    if tokenizer_json is not None and new.tokenizer_sha256 is not None:
+        tokenizer = tokens.load_tokenizer(tokenizer_json, TOKENIZER_NAME)
+        vocab_size = tokenizer.get_vocab_size()
+        entry = TokenizerEntry(TOKENIZER_NAME, new.tokenizer_sha256, vocab_size, longest)
+    return Manifest(
+        kind=new.options.kind,
+        splits={split: tuple(entries) for split, entries in splits.items()},
+        image=new.image,
+        tokenizer=entry,
+        skips=dict(sorted(skips.items())),
+        plan_hash=new.plan_hash,
+    )
+
+
+def _publish_manifest(out: str, manifest: Manifest) -> None:
+    url, text = join(out, MANIFEST_NAME), manifest.to_json()
+    if not storage.exists(url) or storage.read_bytes(url) != text.encode():
+        storage.publish_text(text, url)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pixloom pack",
+        description="Pack a folder of images, or of images with code, into WebDataset tar shards "
+        "with an index. Run again after an interruption, it goes on; run again after success, it "
+        "finds nothing to do.",
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder of images, at any depth; links are not followed")
+    add("out", metavar="OUT", help="folder of the dataset: new, empty, or an earlier pack of it")
+    add(
+        "--kind",
+        choices=("auto", "pairs", "images"),
+        default="auto",
+        help="pairs: an image and its code share their name up to the suffix; images: images "
+        "alone; auto: pairs where code lies beside images (default)",
+    )
+    add(
+        "--code-suffix",
+        type=_suffix,
+        metavar=".EXT",
+        help="suffix of the code files (default: .gui, else .html, .tex or .txt, if only one of "
+        "them lies beside the images)",
+    )
+    group = parser.add_argument_group("images")
+    add = group.add_argument
+    add("--size", type=_size, metavar="WxH", help="make every image this size (default: as it is)")
+    add(
+        "--fit",
+        choices=("stretch", "pad", "crop", "none"),
+        help="how an image of another shape gets there (default: stretch with --size, else none)",
+    )
+    add("--channels", type=int, choices=(1, 3, 4), default=3, help="grey, RGB or RGBA (default: 3)")
+    add(
+        "--encode",
+        choices=("keep", "png", "jpeg", "webp"),
+        help="keep: the file's own bytes where it is an upright PNG, JPEG or WEBP with these "
+        "channels and one frame, else PNG (default: keep, or png with --size)",
+    )
+    add("--quality", type=_count, default=90, help="of jpeg and webp, 1 to 100 (default: 90)")
+    add(
+        "--background",
+        type=_colour,
+        default=(255, 255, 255),
+        metavar="COLOUR",
+        help="shown by transparent pixels and by padding, as #rrggbb or a name (default: white)",
+    )
+    group = parser.add_argument_group("code")
+    add = group.add_argument
+    add(
+        "--tokenizer",
+        default="word",
+        metavar="word|FILE",
+        help="word: train a vocabulary of words on the split named train (default); FILE: use "
+        "this tokenizer.json, as for another test set",
+    )
+    add(
+        "--min-frequency",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="rarer words become <unk> (default: 1)",
+    )
+    add(
+        "--max-tokens",
+        type=_count,
+        metavar="N",
+        help="skip samples of more tokens, <bos> and <eos> counted (default: no limit)",
+    )
+    group = parser.add_argument_group("splits and shards")
+    add = group.add_argument
+    add(
+        "--split",
+        default="train=.8,val=.1,test=.1",
+        metavar="NAME=PART,...",
+        help="a PART up to 1 is a share, a whole number from 2 on a number of groups, `rest` what "
+        "others leave; a group is all samples that share an image or a program, so test=250 has "
+        "exactly 250 distinct programs. Shares are of what the numbers leave. As in "
+        "train=rest,val=50,test=250, or test=1 for everything (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of the splits and of the order (default: 0)")
+    add(
+        "--shard-samples",
+        type=_count,
+        default=1024,
+        metavar="N",
+        help="most samples of a shard (default: %(default)s)",
+    )
+    add(
+        "--shard-bytes",
+        type=_count,
+        default=256 * 2**20,
+        metavar="N",
+        help="size of a shard not to exceed by much, as estimated (default: %(default)s)",
+    )
+    group = parser.add_argument_group("the run")
+    add = group.add_argument
+    engines.add_workers_option(parser)
+    add(
+        "--max-bad",
+        type=_limit,
+        metavar="N",
+        help="stop with exit status 1 when more files are skipped (default: no limit)",
+    )
+    add("--overwrite", action="store_true", help="replace an earlier pack in OUT")
+    add("--json", action="store_true", help="print a JSON object as the last line")
+    return parser
+
+
+def _suffix(text: str) -> str:
+    if not re.fullmatch(r"\.?[A-Za-z0-9_-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: write one suffix, as in .tex")
+    return "." + text.removeprefix(".").lower()
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: write width x height, as in 160x96")
+    return int(match[1]), int(match[2])
+
+
+def _colour(text: str) -> tuple[int, int, int]:
+    try:
+        red, green, blue = ImageColor.getrgb(text)[:3]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a colour, as in #ffffff") from error
+    return red, green, blue
+
+
+def _limit(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,15}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    value = _limit(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a whole number from 1 on")
+    return value
+
+
+def _prepare(args: argparse.Namespace) -> tuple[Path, Listing, Options, str | None]:
+    """Source, listing, options and given tokenizer of a command line. Raises `UserError`."""
+    source, target = storage.local_path(args.source), storage.local_path(args.out)
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{args.out}: OUT lies in SOURCE, the next pack would read it; choose "
+                        "another OUT")  # fmt: skip
+    if not 1 <= args.quality <= 100:
+        raise UserError(f"--quality {args.quality}: choose 1 to 100")
+    image = images.make_policy(
+        size=args.size,
+        fit=args.fit,
+        encode=args.encode,
+        channels=args.channels,
+        quality=args.quality,
+        background=args.background,
+    )
+    spec = plan.parse_split(args.split)
+    kind = None if args.kind == "auto" else args.kind
+    listing = sources.list_folder(source, kind, args.code_suffix)
+    tokenizer, tokenizer_json = None, None
+    if listing.kind == "pairs":
+        tokenizer = "word"
+    if args.tokenizer != "word":
+        if listing.kind == "images":
+            raise UserError(f"--tokenizer {args.tokenizer}: there is no code in {args.source}")
+        tokenizer_json = storage.read_text(args.tokenizer)
+        tokens.load_tokenizer(tokenizer_json, args.tokenizer)
+        tokenizer = hashlib.sha256(tokenizer_json.encode()).hexdigest()
+    elif listing.kind == "pairs" and "train" not in spec:
+        raise UserError(
+            f"--split {args.split}: the vocabulary is trained on the split named train; add it, or "
+            "give --tokenizer FILE"
+        )
+    options = Options(
+        kind=listing.kind,
+        code_suffix=listing.code_suffix,
+        image=image,
+        split=args.split.replace(" ", ""),
+        seed=args.seed,
+        tokenizer=tokenizer,
+        min_frequency=args.min_frequency,
+        max_tokens=args.max_tokens,
+        shard_samples=args.shard_samples,
+        shard_bytes=args.shard_bytes,
+    )
+    return source, listing, options, tokenizer_json
+
+
+def _report(out: str, packed: Packed, duration_s: float) -> dict[str, object]:
+    manifest = packed.manifest
+    shards = [shard for shards in manifest.splits.values() for shard in shards]
+    samples = {split: manifest.num_samples(split) for split in manifest.splits}
+    planned = sum(len(shard.samples) for shard in packed.plan.shards)
+    row: dict[str, object] = {
+        "out": out,
+        "kind": manifest.kind,
+        "samples": samples,
+        "groups": dict(packed.plan.num_groups),
+        "duplicates": planned - sum(packed.plan.num_groups.values()),
+        "shards": len(shards),
+        "bytes": sum(shard.bytes for shard in shards),
+        "skips": dict(manifest.skips),
+        "image": dataclasses.asdict(manifest.image),
+        "vocab_size": manifest.tokenizer.vocab_size if manifest.tokenizer else None,
+        "longest": manifest.tokenizer.longest if manifest.tokenizer else None,
+        "nothing_to_do": packed.num_written == 0,
+        "plan_hash": manifest.plan_hash,
+        "data_digest": manifest.data_digest,
+        "duration_s": round(duration_s, 3),
+    }
+    return row
+
+
+def _describe(packed: Packed, row: Mapping[str, object]) -> str:
+    manifest = packed.manifest
+    lines = []
+    if row["nothing_to_do"]:
+        lines.append(f"{row['out']}: nothing to do, the dataset is complete")
+    for split in manifest.splits:
+        groups = packed.plan.num_groups[split]
+        num_shards = len(manifest.splits[split])
+        what = "programs" if manifest.kind == "pairs" else "images"
+        lines.append(
+            f"{split}: {manifest.num_samples(split)} samples of {groups} distinct {what} "
+            f"in {num_shards} {'shard' if num_shards == 1 else 'shards'}"
+        )
+    if manifest.tokenizer is not None:
+        lines.append(
+            f"vocabulary: {manifest.tokenizer.vocab_size} tokens; "
+            f"longest sample: {manifest.tokenizer.longest} tokens"
+        )
+    if packed.num_other_files:
+        lines.append(f"ignored: {packed.num_other_files} files, neither images nor code")
+    lines.append(f"{row['bytes']:,} bytes in {row['duration_s']} s, digest {row['data_digest']}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+
+    def action() -> int:
+        start = time.monotonic()
+        source, listing, options, tokenizer_json = _prepare(args)
+        try:
+            packed = pack(
+                source,
+                args.out,
+                listing,
+                options,
+                tokenizer_json,
+                args.workers,
+                overwrite=args.overwrite,
+                max_bad=args.max_bad,
+            )
+        except TooManyBadError as error:
+            print(f"pixloom pack: {error}", file=sys.stderr)
+            return 1
+        if packed.manifest.skips:
+            total = sum(packed.manifest.skips.values())
+            earlier = total - len(packed.skips)
+            note = f"; {earlier} in shards written earlier" if earlier else ""
+            print(f"skipped {total}: {describe_skips(packed.skips)}{note}", file=sys.stderr)
+        row = _report(args.out, packed, time.monotonic() - start)
+        print(json.dumps(row) if args.json else _describe(packed, row))
+        return 0
+
+    return command("pack", action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

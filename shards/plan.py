@@ -1,0 +1,429 @@
+"""What a pack will do, decided before any shard is written.
+
+`scan` looks at every raw sample once; from there on all is pure: samples that share an image or a
+program form a group, groups are dealt to splits, samples are shuffled and cut into shards. The
+result, `Plan`, depends on the inputs and the options alone; `shards.pack` carries it out.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from shards import engines, images, sources, tokens
+from shards.format import TAR_BLOCK_BYTES, FormatError, ImagePolicy, Kind
+from shards.sources import Listing, RawPair, Skip
+from shards.storage import UserError
+
+PLAN_VERSION = 1
+MAX_CODE_BYTES = 16 * 2**20
+CHUNK = 64
+
+SplitSpec = Mapping[str, int | Decimal | None]
+"""Split name -> number of groups, share of the groups that numbers leave, or None: the rest."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides a dataset's bytes, beside its inputs; one field an option of `pack`."""
+
+    kind: Kind
+    code_suffix: str | None
+    image: ImagePolicy
+    split: str
+    seed: int
+    tokenizer: str | None
+    """`word`, or the SHA-256 of the tokenizer file given; None for images alone."""
+    min_frequency: int
+    max_tokens: int | None
+    shard_samples: int
+    shard_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A raw sample as `scan` found it. Hashes are SHA-256; `code_hash` ignores white space."""
+
+    pair: RawPair
+    image_sha256: str
+    image_bytes: int
+    width: int
+    height: int
+    code_sha256: str | None = None
+    code_bytes: int = 0
+    code_hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSample:
+    key: str
+    image: str
+    image_sha256: str
+    code: str | None
+    code_sha256: str | None
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """A shard to be: `name` as in `train/000000.tar`, its samples in the order of the tar."""
+
+    name: str
+    samples: tuple[PlannedSample, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    options: Options
+    image: ImagePolicy
+    """`options.image`, with the size that all images share where it was left open."""
+    tokenizer_sha256: str | None
+    shards: tuple[PlannedShard, ...]
+    skips: tuple[Skip, ...]
+    num_groups: Mapping[str, int]
+    """Distinct programs, or images, of each split: duplicates of one count once."""
+
+    @cached_property
+    def plan_hash(self) -> str:
+        """SHA-256 over everything in the plan."""
+        return hashlib.sha256(json.dumps(self._body(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def splits(self) -> list[str]:
+        return list(self.num_groups)
+
+    def to_json(self) -> str:
+        head = {"version": PLAN_VERSION, "plan_hash": self.plan_hash}
+        return json.dumps({**head, **self._body()}, separators=(",", ":")) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Plan":
+        """Raises `FormatError` naming `where` when the text is no plan of this version."""
+        try:
+            body = json.loads(text)
+            if body["version"] != PLAN_VERSION:
+                raise FormatError(f"{where}: a plan of another version; pack with --overwrite")
+            options = body["options"]
+            plan = cls(
+                options=Options(**{**options, "image": _policy(options["image"])}),
+                image=_policy(body["image"]),
+                tokenizer_sha256=body["tokenizer_sha256"],
+                shards=tuple(
+                    PlannedShard(name, tuple(PlannedSample(*sample) for sample in samples))
+                    for name, samples in body["shards"].items()
+                ),
+                skips=tuple(Skip(cause, name) for cause, name in body["skips"]),
+                num_groups=body["num_groups"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, FormatError):
+                raise
+            raise FormatError(f"{where}: damaged plan ({error!r})") from error
+        if plan.plan_hash != body["plan_hash"]:
+            raise FormatError(f"{where}: the plan's own hash does not match; it was edited")
+        return plan
+
+    def _body(self) -> dict[str, Any]:
+        return {
+            "options": dataclasses.asdict(self.options),
+            "image": dataclasses.asdict(self.image),
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "num_groups": dict(self.num_groups),
+            "skips": [[skip.cause, skip.name] for skip in self.skips],
+            "shards": {
+                shard.name: [list(dataclasses.astuple(sample)) for sample in shard.samples]
+                for shard in self.shards
+            },
+        }
+
+
+def parse_split(text: str) -> SplitSpec:
+    """Reads `train=.8,val=.1,test=.1`, `train=rest,val=50,test=250` or `test=1`.
+
+    A whole number from 2 on counts groups. A share (1 is all) is of what the counts leave; shares
+    must add up to 1, or leave something to one `rest`. Raises `UserError`.
+    """
+    spec: dict[str, int | Decimal | None] = {}
+    for part in text.split(","):
+        name, equals, value = part.strip().partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name in spec:
+            raise UserError(f"--split {text}: write each split once, as in train=.8")
+        if value == "rest":
+            spec[name] = None
+        elif re.fullmatch(r"[0-9]{1,12}", value) and int(value) >= 2:
+            spec[name] = int(value)
+        elif re.fullmatch(r"[0-9]*\.?[0-9]+|1\.", value) and 0 < Decimal(value) <= 1:
+            spec[name] = Decimal(value)
+        else:
+            raise UserError(
+                f"--split {text}: {name}={value}: write a share up to 1, a number of groups from "
+                "2 on, or `rest`"
+            )
+    share = sum((value for value in spec.values() if isinstance(value, Decimal)), Decimal(0))
+    num_rests = sum(value is None for value in spec.values())
+    if num_rests > 1 or (share != 1 if num_rests == 0 else share >= 1):
+        raise UserError(
+            f"--split {text}: the shares must add up to 1, or to less beside one `rest`"
+        )
+    return spec
+
+
+def count_groups(spec: SplitSpec, num_groups: int) -> dict[str, int]:
+    """How many of `num_groups` groups each split takes. Raises `UserError` for an empty split."""
+    left = num_groups - sum(value for value in spec.values() if isinstance(value, int))
+    shares = {
+        name: int((value * max(left, 0)).to_integral_value())
+        for name, value in spec.items()
+        if isinstance(value, Decimal)
+    }
+    # What rounding and shares leave goes to the rest, or else to the largest share.
+    taker = next((name for name, value in spec.items() if value is None), None)
+    if taker is None:
+        taker = max(shares, key=lambda name: shares[name])
+    spare = left - sum(shares.values())
+    counts = {}
+    for name, value in spec.items():
+        count = value if isinstance(value, int) else shares.get(name, 0)
+        counts[name] = count + (spare if name == taker else 0)
+        if counts[name] < 1:
+            raise UserError(
+                f"--split: nothing would be in {name!r}; there are {num_groups} groups of samples "
+                "that share an image or a program: ask for less elsewhere"
+            )
+    return counts
+
+
+def scan(root: Path, listing: Listing, workers: int) -> tuple[list[Record], list[Skip]]:
+    """Reads and hashes every listed sample; refuses what its header or its text rules out."""
+    chunks = [
+        (root, listing.pairs[at : at + CHUNK], at) for at in range(0, len(listing.pairs), CHUNK)
+    ]
+    results = engines.run(_scan_chunk, chunks, workers, lambda chunk: f"scan of {chunk[1][0]}")
+    shown = engines.progress(results, len(listing.pairs), "scanned", lambda done: len(done[1]))
+    found: list[Record | Skip] = []
+    for _, chunk in sorted(((task[2], chunk) for task, chunk in shown), key=lambda row: row[0]):
+        found += chunk
+    records = [one for one in found if isinstance(one, Record)]
+    return records, [one for one in found if isinstance(one, Skip)]
+
+
+def count_words(root: Path, names: Sequence[str], workers: int) -> collections.Counter[str]:
+    """How often each word occurs in the code files `names`."""
+    chunks = [(root, names[at : at + CHUNK]) for at in range(0, len(names), CHUNK)]
+    results = engines.run(_count_words_chunk, chunks, workers, lambda task: str(task[1][0]))
+    total: collections.Counter[str] = collections.Counter()
+    for _, counts in results:
+        total.update(counts)
+    return total
+
+
+def group_records(records: Sequence[Record]) -> list[list[Record]]:
+    """Records that share an image or a program, directly or through others, form one group.
+
+    So no image and no program of one split is seen in another.
+    """
+    parents = list(range(len(records)))
+
+    def root_of(at: int) -> int:
+        while parents[at] != at:
+            parents[at] = parents[parents[at]]
+            at = parents[at]
+        return at
+
+    first: dict[str, int] = {}
+    for at, record in enumerate(records):
+        for content in (record.image_sha256, record.code_hash):
+            if content is not None:
+                other = root_of(first.setdefault(content, at))
+                parents[root_of(at)] = other
+    groups: dict[int, list[Record]] = {}
+    for at, record in enumerate(records):
+        groups.setdefault(root_of(at), []).append(record)
+    return list(groups.values())
+
+
+def deal(records: Sequence[Record], spec: SplitSpec, seed: int) -> dict[str, list[list[Record]]]:
+    """Groups of records for each split, at random but for `seed` and the records' content.
+
+    Names play no part: renaming files moves no sample to another split. Raises `UserError`.
+    """
+    groups = group_records(records)
+    groups.sort(key=lambda group: min(_draw(seed, "split", record) for record in group))
+    dealt, at = {}, 0
+    for name, count in count_groups(spec, len(groups)).items():
+        dealt[name] = groups[at : at + count]
+        at += count
+    return dealt
+
+
+def make_plan(
+    options: Options,
+    dealt: Mapping[str, Sequence[Sequence[Record]]],
+    skips: Iterable[Skip],
+    tokenizer_sha256: str | None,
+) -> Plan:
+    """Shuffles each split's samples and cuts them into shards of nearly equal counts.
+
+    A shard is a fair sample of its split. Shards keep to `options.shard_samples`, and to about
+    `options.shard_bytes`, estimated from the sizes of the files or of the decoded images.
+    """
+    everyone = (one for groups in dealt.values() for group in groups for one in group)
+    sizes = {(one.width, one.height) for one in everyone}
+    image = options.image
+    if image.fit == "none" and len(sizes) == 1:
+        [(width, height)] = sizes
+        image = dataclasses.replace(image, width=width, height=height)
+    shards = []
+    for split, groups in dealt.items():
+        records = [record for group in groups for record in group]
+        records.sort(key=lambda record: (_draw(options.seed, "order", record), record.pair.image))
+        total_bytes = sum(_estimate_bytes(record, image) for record in records)
+        num_shards = max(
+            -(-len(records) // options.shard_samples), -(-total_bytes // options.shard_bytes)
+        )
+        num_shards = min(num_shards, len(records))
+        for number in range(num_shards):
+            start = number * len(records) // num_shards
+            stop = (number + 1) * len(records) // num_shards
+            samples = tuple(
+                PlannedSample(
+                    f"{split}-{at:09d}",
+                    records[at].pair.image,
+                    records[at].image_sha256,
+                    records[at].pair.code,
+                    records[at].code_sha256,
+                )
+                for at in range(start, stop)
+            )
+            shards.append(PlannedShard(f"{split}/{number:06d}.tar", samples))
+    return Plan(
+        options=options,
+        image=image,
+        tokenizer_sha256=tokenizer_sha256,
+        shards=tuple(shards),
+        skips=tuple(skips),
+        num_groups={split: len(groups) for split, groups in dealt.items()},
+    )
+
+
+def differences(old: Plan, new: Plan) -> list[str]:
+    """What makes `new` another plan than `old`, in words a user knows: options, then inputs."""
+    before, after = (_flat_options(plan.options) for plan in (old, new))
+    changes = [
+        f"{name} was {before[name]}, now {after[name]}"
+        for name in before
+        if before[name] != after[name]
+    ]
+    was, now = (_inputs(plan) for plan in (old, new))
+    for verb, names in (
+        ("new", sorted(now.keys() - was.keys())),
+        ("gone", sorted(was.keys() - now.keys())),
+        ("changed", sorted(name for name in was.keys() & now.keys() if was[name] != now[name])),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            changes.append(f"{verb}: {names[0]!r}{more}")
+    return changes or ["the version of pixloom or of its libraries"]
+
+
+def _scan_chunk(task: tuple[Path, Sequence[RawPair], int]) -> list[Record | Skip]:
+    root, pairs, _ = task
+    return [_scan_pair(root, pair) for pair in pairs]
+
+
+def _scan_pair(root: Path, pair: RawPair) -> Record | Skip:
+    engines.note(pair.image)
+    try:
+        if (root / pair.image).stat().st_size > images.MAX_FILE_BYTES:
+            return Skip("too_large", pair.image)
+        data = sources.read_file(root, pair.image)
+        width, height = images.read_size(data)
+    except OSError:
+        return Skip("unreadable", pair.image)
+    except images.ImageRefused as refused:
+        return Skip(refused.cause, pair.image)
+    record = Record(pair, hashlib.sha256(data).hexdigest(), len(data), width, height)
+    if pair.code is None:
+        return record
+    try:
+        if (root / pair.code).stat().st_size > MAX_CODE_BYTES:
+            return Skip("code_too_large", pair.code)
+        code = sources.read_file(root, pair.code)
+        found = tokens.words(read_code(code))
+    except OSError:
+        return Skip("unreadable", pair.code)
+    except UnicodeDecodeError:
+        return Skip("code_not_utf8", pair.code)
+    if not found:
+        return Skip("code_empty", pair.code)
+    return dataclasses.replace(
+        record,
+        code_sha256=hashlib.sha256(code).hexdigest(),
+        code_bytes=len(code),
+        code_hash=hashlib.sha256("\0".join(found).encode()).hexdigest(),
+    )
+
+
+def read_code(data: bytes) -> str:
+    """The text of a code file, without a byte order mark. Raises `UnicodeDecodeError`."""
+    return data.decode("utf-8-sig")
+
+
+def _count_words_chunk(task: tuple[Path, Sequence[str]]) -> collections.Counter[str]:
+    root, names = task
+    counts: collections.Counter[str] = collections.Counter()
+    for name in names:
+        try:
+            counts.update(tokens.words(read_code(sources.read_file(root, name))))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{name!r}: changed while it was packed; pack again") from error
+    return counts
+
+
+def _draw(seed: int, purpose: str, record: Record) -> bytes:
+    content = f"{purpose}/{seed}/{record.image_sha256}/{record.code_sha256}"
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()
+
+
+def _estimate_bytes(record: Record, image: ImagePolicy) -> int:
+    num_members = 2 if record.pair.code is None else 4
+    if image.encode == "keep":
+        pixels_bytes = record.image_bytes
+    else:
+        # Encoders take a half or less of the raw pixels; a picture of text takes far less.
+        width, height = image.width or record.width, image.height or record.height
+        pixels_bytes = width * height * image.channels // 2
+    return pixels_bytes + 2 * record.code_bytes + num_members * 2 * TAR_BLOCK_BYTES
+
+
+def _policy(body: dict[str, Any]) -> ImagePolicy:
+    return ImagePolicy(**{**body, "background": tuple(body["background"])})
+
+
+def _flat_options(options: Options) -> dict[str, str]:
+    flat = {**dataclasses.asdict(options), **dataclasses.asdict(options.image)}
+    del flat["image"]
+    width, height = flat.pop("width"), flat.pop("height")
+    flat["size"] = None if width is None else f"{width}x{height}"
+    return {"--" + name.replace("_", "-"): str(value) for name, value in flat.items()}
+
+
+def _inputs(plan: Plan) -> dict[str, str]:
+    inputs = {skip.name: skip.cause for skip in plan.skips}
+    for shard in plan.shards:
+        for sample in shard.samples:
+            inputs[sample.image] = sample.image_sha256
+            if sample.code is not None and sample.code_sha256 is not None:
+                inputs[sample.code] = sample.code_sha256
+    return inputs
+
+
+def causes(skips: Iterable[Skip]) -> dict[str, int]:
+    """Skips counted by cause, in alphabetical order."""
+    return dict(sorted(collections.Counter(skip.cause for skip in skips).items()))

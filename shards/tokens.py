@@ -1,0 +1,85 @@
+"""Code to token ids and back, through one Hugging Face `tokenizers` file.
+
+The word tokenizer is trained here from word counts, so that the same counts give the same file.
+Which samples are counted, the training split's alone, is the subject of `shards.plan`.
+"""
+
+import io
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+from shards.format import BOS, EOS, SPECIAL_TOKENS, UNK
+from shards.storage import UserError
+
+WORD_PATTERN = r"\\[A-Za-z]+|\w[\w-]*|[^\w\s]"
+"""A TeX command, a word (`btn-green` is one), or any other visible character."""
+
+_SPLIT = pre_tokenizers.Split(Regex(WORD_PATTERN), "removed", invert=True)
+
+
+def words(code: str) -> list[str]:
+    """The words of `code` in order; white space separates and is dropped."""
+    return [word for word, _ in _SPLIT.pre_tokenize_str(code)]
+
+
+def train_word_tokenizer(counts: Mapping[str, int], min_frequency: int) -> str:
+    """The `tokenizer.json` whose vocabulary is every word counted `min_frequency` times or more.
+
+    Ids follow the special tokens, most frequent word first, equal counts in code point order.
+    """
+    kept = [word for word, count in counts.items() if count >= min_frequency]
+    kept.sort(key=lambda word: (-counts[word], word))
+    vocabulary = {token: at for at, token in enumerate((*SPECIAL_TOKENS, *kept))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS[UNK]))
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.pre_tokenizer = _SPLIT
+    bos, eos = SPECIAL_TOKENS[BOS], SPECIAL_TOKENS[EOS]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}", special_tokens=[(bos, BOS), (eos, EOS)]
+    )
+    return str(tokenizer.to_str(pretty=True)) + "\n"
+
+
+def load_tokenizer(text: str, where: str) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`; `Tokenizer.decode(ids)` gives its text back.
+
+    Raises `UserError` naming `where` when it is none, or lacks a special token at its id.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # The library raises plain Exception.
+        raise UserError(f"{where}: not a tokenizer file ({error})") from error
+    for at, token in enumerate(SPECIAL_TOKENS):
+        if tokenizer.token_to_id(token) != at:
+            raise UserError(f"{where}: token {token} must have id {at}; train it with `pack`")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # Code that spells "<eos>" is text like any other.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, code: str) -> list[int]:
+    """The ids of `code` between <bos> and <eos>."""
+    return [BOS, *tokenizer.encode(code, add_special_tokens=False).ids, EOS]
+
+
+def to_npy(ids: Iterable[int], vocab_size: int) -> bytes:
+    """Ids as an .npy file: a vector of little-endian uint16, uint32 for 65,536 tokens or more."""
+    out = io.BytesIO()
+    np.save(out, np.fromiter(ids, dtype="<u2" if vocab_size <= 2**16 else "<u4"))
+    return out.getvalue()
+
+
+def from_npy(data: bytes, where: str) -> NDArray[np.unsignedinteger]:
+    """The inverse of `to_npy`. Raises `ValueError` naming `where` for anything else."""
+    try:
+        ids = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{where}: not an .npy file") from error
+    if ids.ndim != 1 or ids.dtype.str not in ("<u2", "<u4"):
+        raise ValueError(f"{where}: {ids.dtype.str} of {ids.ndim} dimensions is no token vector")
+    return ids  # type: ignore[no-any-return]

@@ -1,0 +1,300 @@
+"""Whether a packed dataset is what its manifest says, down to each sample.
+
+A shard cut between two members is a valid tar to most readers, and an image with flipped bits
+still decodes: so sizes, hashes and counts are compared, not just whether files can be read.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import tarfile
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from shards import engines, images, storage, tokens
+from shards.format import (
+    BOS,
+    EOS,
+    IMAGE_EXTENSIONS,
+    PLAN_NAME,
+    TAR_BLOCK_BYTES,
+    TOKENS_EXTENSION,
+    FormatError,
+    ImagePolicy,
+    Manifest,
+    Member,
+    Receipt,
+    SampleSpan,
+    ShardEntry,
+    parse_index,
+)
+from shards.plan import Plan
+from shards.storage import UserError, command, join
+
+MAX_PROBLEMS_PER_SHARD = 20
+
+
+@dataclass(frozen=True)
+class ShardCheck:
+    """What a shard is held against. With `image`, every sample is decoded too."""
+
+    root: str
+    entry: ShardEntry
+    plan_hash: str
+    image: ImagePolicy | None = None
+    tokenizer_json: str | None = None
+
+
+def check_shard(task: ShardCheck) -> list[str]:
+    """The problems of one shard, its index and its receipt; a line each, naming shard and key."""
+    name = task.entry.name
+    problems: list[str] = []
+    receipt = _check_receipt(task, problems)
+    try:
+        tar = storage.read_bytes(join(task.root, name))
+    except UserError as error:
+        return [*problems, f"{name}: cannot be read ({error})"]
+    if len(tar) != task.entry.bytes:
+        problems.append(f"{name}: {len(tar)} bytes, the manifest says {task.entry.bytes}")
+    elif hashlib.sha256(tar).hexdigest() != task.entry.sha256:
+        problems.append(f"{name}: its SHA-256 is not the manifest's")
+    spans: list[SampleSpan] = []
+    try:
+        spans = read_spans(tar, name)
+    except FormatError as error:
+        problems.append(str(error))
+    if spans and len(spans) != task.entry.samples:
+        problems.append(f"{name}: {len(spans)} samples, the manifest says {task.entry.samples}")
+    index = _check_index(task, problems)
+    if index is not None and spans and index != spans:
+        problems.append(f"{task.entry.index_name}: does not describe {name}")
+    if problems and receipt is not None and index is not None:
+        problems += _damaged_samples(tar, name, index, receipt)
+    if task.image is not None and spans and not problems:
+        for at, span in enumerate(spans):
+            num_tokens = receipt.num_tokens[at] if receipt and receipt.num_tokens else None
+            problem = _check_sample(tar, span, task, num_tokens)
+            if problem is not None:
+                problems.append(f"{name}: {span.key}: {problem}")
+    if len(problems) > MAX_PROBLEMS_PER_SHARD:
+        more = len(problems) - MAX_PROBLEMS_PER_SHARD
+        problems = [*problems[:MAX_PROBLEMS_PER_SHARD], f"{name}: and {more} more problems"]
+    return problems
+
+
+def read_spans(tar: bytes, where: str) -> list[SampleSpan]:
+    """Where the samples of a tar are, from its headers. Raises `FormatError` naming `where`.
+
+    Stricter than `tarfile`, which takes a damaged header or a missing end for the end.
+    """
+    members: dict[str, list[Member]] = {}
+    offset, last_key = 0, None
+    while True:
+        header = tar[offset : offset + TAR_BLOCK_BYTES]
+        if len(header) < TAR_BLOCK_BYTES:
+            raise FormatError(f"{where}: cut off at byte {len(tar)}, the end of the tar is missing")
+        if not any(header):
+            break
+        try:
+            info = tarfile.TarInfo.frombuf(header, "ascii", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError) as error:
+            raise FormatError(f"{where}: damaged tar header at byte {offset}") from error
+        key, _, extension = info.name.partition(".")
+        if not info.isreg() or not key or not extension:
+            raise FormatError(f"{where}: {info.name!r} is no member of a sample")
+        if key != last_key and key in members:
+            raise FormatError(f"{where}: the members of {key} are not adjacent")
+        last_key = key
+        offset += TAR_BLOCK_BYTES
+        if offset + info.size > len(tar):
+            raise FormatError(f"{where}: cut off inside {info.name}")
+        members.setdefault(key, []).append(Member(extension, offset, info.size))
+        offset += info.size + -info.size % TAR_BLOCK_BYTES
+    if len(tar) - offset < 2 * TAR_BLOCK_BYTES or any(tar[offset:]):
+        raise FormatError(f"{where}: the end of the tar at byte {offset} is damaged")
+    return [SampleSpan(key, tuple(found)) for key, found in members.items()]
+
+
+def check_dataset(root: str, deep: bool, workers: int) -> tuple[Manifest, list[str]]:
+    """The manifest and all problems found. Raises `UserError` or `FormatError` without one."""
+    manifest = storage.load_manifest(root)
+    problems: list[str] = []
+    try:
+        plan_url = join(root, PLAN_NAME)
+        if Plan.from_json(storage.read_text(plan_url), plan_url).plan_hash != manifest.plan_hash:
+            problems.append(f"{PLAN_NAME}: not the plan that the manifest was made from")
+    except (UserError, FormatError) as error:
+        problems.append(str(error))
+    tokenizer_json = None
+    if manifest.tokenizer is not None:
+        tokenizer_json = _check_tokenizer(root, manifest, problems)
+    checks = [
+        ShardCheck(
+            root,
+            entry,
+            manifest.plan_hash,
+            manifest.image if deep else None,
+            tokenizer_json if deep else None,
+        )
+        for entries in manifest.splits.values()
+        for entry in entries
+    ]
+    total = sum(check.entry.samples for check in checks)
+    results = engines.run(check_shard, checks, workers, lambda check: check.entry.name)
+    shown = engines.progress(results, total, "verified", lambda done: done[0].entry.samples)
+    found = {check.entry.name: lines for check, lines in shown}
+    for check in checks:
+        problems += found[check.entry.name]
+    return manifest, problems
+
+
+def _check_receipt(task: ShardCheck, problems: list[str]) -> Receipt | None:
+    url = join(task.root, task.entry.receipt_name)
+    try:
+        receipt = Receipt.from_json(storage.read_text(url), task.entry.receipt_name)
+    except (UserError, FormatError) as error:
+        problems.append(str(error))
+        return None
+    if receipt.shard != task.entry or receipt.plan_hash != task.plan_hash:
+        problems.append(f"{task.entry.receipt_name}: is of another shard than the manifest's")
+    return receipt
+
+
+def _check_index(task: ShardCheck, problems: list[str]) -> list[SampleSpan] | None:
+    url = join(task.root, task.entry.index_name)
+    try:
+        return parse_index(storage.read_text(url), task.entry.index_name)
+    except (UserError, FormatError) as error:
+        problems.append(str(error))
+        return None
+
+
+def _check_tokenizer(root: str, manifest: Manifest, problems: list[str]) -> str | None:
+    entry = manifest.tokenizer
+    assert entry is not None
+    try:
+        data = storage.read_bytes(join(root, entry.file))
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            problems.append(f"{entry.file}: its SHA-256 is not the manifest's")
+            return None
+        tokens.load_tokenizer(data.decode(), entry.file)
+        return data.decode()
+    except (UserError, FormatError, UnicodeDecodeError) as error:
+        problems.append(str(error))
+        return None
+
+
+def _damaged_samples(
+    tar: bytes, name: str, index: Sequence[SampleSpan], receipt: Receipt
+) -> list[str]:
+    lines = []
+    for span, crc32 in zip(index, receipt.crc32, strict=False):
+        data = tar[span.offset : span.offset + span.size]
+        if len(data) < span.size:
+            lines.append(f"{name}: {span.key}: missing, the shard ends before it")
+        elif zlib.crc32(data) != crc32:
+            lines.append(f"{name}: {span.key}: damaged (CRC-32)")
+    return lines
+
+
+def _check_sample(
+    tar: bytes, span: SampleSpan, task: ShardCheck, num_tokens: int | None
+) -> str | None:
+    policy = task.image
+    assert policy is not None
+    members = {
+        member.extension: tar[member.offset : member.offset + member.size]
+        for member in span.members
+    }
+    found_images = [extension for extension in IMAGE_EXTENSIONS if extension in members]
+    others = {"json"} if num_tokens is None else {"json", "txt", TOKENS_EXTENSION}
+    if len(found_images) != 1 or members.keys() - set(found_images) != others:
+        return f"has the members {' '.join(sorted(members))}"
+    data = members[found_images[0]]
+    try:
+        height, width, _ = images.decode(data, policy.channels).shape
+        if images.read_channels(data) != policy.channels:
+            return f"the image has not {policy.channels} channels"
+        if policy.width is not None and (width, height) != (policy.width, policy.height):
+            return f"the image is {width}x{height}, not {policy.width}x{policy.height}"
+        json.loads(members["json"])
+        if num_tokens is not None:
+            code = members["txt"].decode("utf-8-sig")
+            return _check_tokens(members[TOKENS_EXTENSION], code, num_tokens, task.tokenizer_json)
+    except images.ImageRefused as refused:
+        return f"the image does not decode ({refused.cause})"
+    except UnicodeDecodeError:
+        return "the code is not UTF-8"
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _check_tokens(
+    data: bytes, code: str, num_tokens: int, tokenizer_json: str | None
+) -> str | None:
+    ids = tokens.from_npy(data, "the tokens").tolist()
+    if len(ids) != num_tokens or len(ids) < 2 or ids[0] != BOS or ids[-1] != EOS:
+        return f"{len(ids)} tokens, the receipt says {num_tokens} with <bos> and <eos>"
+    if tokenizer_json is not None and ids != tokens.encode(_tokenizer(tokenizer_json), code):
+        return "the tokens are not those of the code"
+    return None
+
+
+_loaded: dict[str, Tokenizer] = {}
+
+
+def _tokenizer(text: str) -> Tokenizer:
+    if text not in _loaded:
+        _loaded.clear()
+        _loaded[text] = tokens.load_tokenizer(text, "the dataset's tokenizer")
+    return _loaded[text]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="pixloom verify",
+        description="Check a packed dataset against its manifest: counts, sizes, hashes, indexes "
+        "and receipts. Exit status 1 when there is damage; `pixloom pack` again repairs it.",
+    )
+    parser.add_argument("url", metavar="URL", help="folder of the packed dataset")
+    parser.add_argument("--deep", action="store_true", help="decode every sample too")
+    engines.add_workers_option(parser)
+    parser.add_argument("--json", action="store_true", help="print a JSON object as the last line")
+    args = parser.parse_args(argv)
+
+    def action() -> int:
+        start = time.monotonic()
+        manifest, problems = check_dataset(args.url, args.deep, args.workers)
+        samples = {split: manifest.num_samples(split) for split in manifest.splits}
+        out = sys.stderr if args.json else sys.stdout
+        for problem in problems:
+            print(problem, file=out)
+        if args.json:
+            row = {
+                "url": args.url,
+                "ok": not problems,
+                "deep": args.deep,
+                "samples": samples,
+                "shards": sum(len(shards) for shards in manifest.splits.values()),
+                "problems": problems,
+                "data_digest": manifest.data_digest,
+                "duration_s": round(time.monotonic() - start, 3),
+            }
+            print(json.dumps(row))
+        elif not problems:
+            counts = ", ".join(f"{split} {count}" for split, count in samples.items())
+            how = "decoded and " if args.deep else ""
+            print(f"{args.url}: all samples {how}as the manifest says ({counts})")
+        return 1 if problems else 0
+
+    return command("verify", action)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
