@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from pipeline.order import sample_hash
+from shards import images
 from shards.format import IMAGE_EXTENSIONS, PAD, TOKENS_EXTENSION
-
-_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB, 4: ImageReadMode.RGB_ALPHA}
 
 
 class SampleError(Exception):
@@ -91,7 +90,8 @@ def assemble(
     first_place: int,
 ) -> Batch:
     """Decodes and stacks samples. A `SampleError` in `samples` stands for an unreadable one."""
-    images: list[Tensor] = []
+    channels, height, width = image_CHW
+    pixels: list[NDArray[np.uint8]] = []
     tokens: list[Tensor] = []
     weights: list[float] = []
     bad: list[str] = []
@@ -99,22 +99,25 @@ def assemble(
         try:
             if isinstance(sample, SampleError):
                 raise sample
-            image = decode(sample, image_CHW[0])
-            if image.shape != image_CHW:
-                raise ValueError(f"CxHxW {list(image.shape)}, the manifest says {list(image_CHW)}")
+            image_HWC = decode(sample, channels)
+            if image_HWC.shape != (height, width, channels):
+                raise ValueError(
+                    f"HxWxC {image_HWC.shape}, the manifest says {(height, width, channels)}"
+                )
             token = read_tokens(sample) if with_tokens else torch.empty(0, dtype=torch.int64)
             weight = 1.0
-        except (SampleError, RuntimeError, ValueError, KeyError) as error:
+        except (SampleError, images.ImageRefused, ValueError, KeyError) as error:
             text = " ".join(str(error).split())
             bad.append(f"{sample.where}: {text}" if isinstance(sample, RawSample) else text)
-            image = torch.zeros(image_CHW, dtype=torch.uint8)
+            image_HWC = np.zeros((height, width, channels), dtype=np.uint8)
             token = torch.full((2,) if with_tokens else (0,), PAD)
             weight = 0.0
-        images.append(image)
+        pixels.append(image_HWC)
         tokens.append(token)
         weights.append(weight)
     return Batch(
-        image_BCHW=torch.stack(images),
+        # A view of (B, H, W, C): channels last in memory, as the models like it, with one copy.
+        image_BCHW=torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2),
         token_BT=torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=PAD),
         weight_B=torch.tensor(weights, dtype=torch.float32),
         augment_key_B=torch.tensor(augment_keys, dtype=torch.int64),
@@ -126,13 +129,11 @@ def assemble(
     )
 
 
-def decode(sample: RawSample, channels: int) -> Tensor:
-    """The image as uint8 (C, H, W). Raises RuntimeError or KeyError when there is none."""
+def decode(sample: RawSample, channels: int) -> NDArray[np.uint8]:
+    """The image as uint8 (H, W, C). Raises `ImageRefused`, or KeyError when there is none."""
     for extension in IMAGE_EXTENSIONS:
         if extension in sample.members:
-            data = torch.frombuffer(sample.members[extension], dtype=torch.uint8)
-            image: Tensor = decode_image(data, mode=_MODES[channels])
-            return image
+            return images.decode(bytes(sample.members[extension]), channels)
     raise KeyError(f"no image among its members {', '.join(sample.members)}")
 
 

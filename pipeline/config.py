@@ -116,6 +116,8 @@ class OptimConfig:
 class ValidateConfig:
     every_steps: int = 0
     """steps between validations; 0: once an epoch"""
+    batch_size: int = 32
+    """samples of a validation batch; fixed, so that any number of processes adds the same sums"""
     metric: str = ""
     """what says which checkpoint is best; default: exact_match (seq2seq), mse (autoencoder)"""
     patience: int = 0
@@ -123,6 +125,7 @@ class ValidateConfig:
 
     def __post_init__(self) -> None:
         _at_least("validate.every_steps", self.every_steps, 0)
+        _at_least("validate.batch_size", self.batch_size, 1)
         _at_least("validate.patience", self.patience, 0)
 
 

@@ -6,7 +6,8 @@ Tensor names carry their shape: B batch, C channels, H height, W width, V vocabu
 import torch
 from torch import Tensor
 
-from pipeline.models.seq2seq import BOS, EOS, Seq2Seq
+from pipeline.models import Seq2Seq
+from shards.format import BOS, EOS
 
 
 @torch.no_grad()

@@ -236,8 +236,9 @@ def validate(run: Run, data: BatchDataset) -> bool:
     """Logs all metrics of the validation split; True when they are the best so far."""
     state = run.state
     metrics = evaluate(
-        run.model, run.task, data, run.ranks, run.accelerator, workers=run.config.data.workers
-    )
+        run.model, run.task, data, run.ranks, run.accelerator,
+        batch_size=run.config.validate.batch_size, workers=run.config.data.workers,
+    )  # fmt: skip
     epoch, _ = run.order.epoch_of(state.step - 1)
     run.log.row({"step": state.step, "epoch": epoch, "split": "val", **metrics}, of=run.total_steps)
     metric = run.config.validate.metric or run.task.metric

@@ -30,9 +30,6 @@ from shards import storage
 from shards.format import TOKENIZER_NAME, Manifest
 from shards.storage import UserError
 
-_BATCH_SAMPLES = 32
-"""Samples of a validation batch: fixed, so that metrics do not depend on how a run was batched."""
-
 
 def evaluate(
     model: nn.Module,
@@ -41,6 +38,7 @@ def evaluate(
     ranks: Ranks,
     accelerator: Accelerator,
     *,
+    batch_size: int,
     workers: int = 0,
 ) -> dict[str, float]:
     """Metrics of the bare `model` over all samples behind `dataset`; the same on every rank.
@@ -50,8 +48,8 @@ def evaluate(
     """
     counts = [shard.samples for shard in dataset.reader.shards]
     plans = [
-        BatchPlan(step=0, micro=number, epoch=0, first_place=number * _BATCH_SAMPLES, ids=ids)
-        for number, ids in enumerate(validation_batches(counts, _BATCH_SAMPLES))
+        BatchPlan(step=0, micro=number, epoch=0, first_place=number * batch_size, ids=ids)
+        for number, ids in enumerate(validation_batches(counts, batch_size))
     ]
     own = plans[ranks.rank :: ranks.world_size]
     rows = torch.zeros(len(plans), len(task.columns), dtype=torch.float64)
@@ -113,6 +111,7 @@ def _validate(arguments: argparse.Namespace) -> int:
         dataset,
         ranks,
         accelerator,
+        batch_size=config.validate.batch_size,
         workers=arguments.workers,
     )
     if ranks.is_main:

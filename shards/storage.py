@@ -53,7 +53,7 @@ def join(root: str, name: str) -> str:
     parts = name.split("/")
     if not name or "\0" in name or any(part in ("", ".", "..") for part in parts):
         raise FormatError(f"{root}: {name!r} is no name of a file inside a dataset")
-    return f"{root.rstrip('/') or '/'}/{name}"
+    return f"{root if root.endswith('/') else (root or '.') + '/'}{name}"
 
 
 def exists(url: str) -> bool:

@@ -5,8 +5,8 @@ in `pipeline.tasks`, search in `pipeline.decode`, augmentation in `pipeline.trai
 
 Tensor names carry their shape:
 B batch, C image channels, H height, W width, T token positions, V vocabulary, N grid cells,
-F grid features, S cells of the summary, A attention heads, K features of a head, L latent,
-D hidden.
+F grid features, P position features, S cells of the summary, A attention heads, K query and key
+features of a head, U value features of a head, L latent, E embedding, D hidden.
 """
 
 import math
@@ -17,11 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-PAD, BOS, EOS, UNK = 0, 1, 2, 3
-"""The special token ids, the same in every tokenizer that `shards.tokens` trains or accepts."""
-
 _SUMMARY_ROWS, _SUMMARY_COLUMNS = 6, 5
-_NUM_FREQUENCIES = 16
+_NUM_FREQUENCIES = 8
+_POSITION_DIM = 4 * _NUM_FREQUENCIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +32,11 @@ class Seq2SeqConfig:
     """Output channels of the encoder's convolutions; each halves height and width."""
     embed_dim: int = 64
     """Size of a token's embedding."""
-    latent_dim: int = 128
+    latent_dim: int = 256
     """Size of the image summary that the decoder sees at every step."""
     hidden_dim: int = 192
     """Size of the LSTM's state and of the attention."""
-    num_heads: int = 4
+    num_heads: int = 8
     """Attention heads; they divide `hidden_dim`."""
     dropout: float = 0.1
     """Share of embedding and hidden features dropped in training, in [0,1)."""
@@ -73,7 +71,7 @@ class Memory(NamedTuple):
     """What the decoder knows of a batch of images. Row b of every tensor belongs to sample b."""
 
     key_BANK: Tensor
-    value_BANK: Tensor
+    value_BANU: Tensor
     latent_BL: Tensor
     start: State
 
@@ -81,10 +79,12 @@ class Memory(NamedTuple):
 class Seq2Seq(nn.Module):
     """LSTM decoder with multi-head attention over a convolutional grid.
 
-    The grid alone does not train well: the decoder finds a screen's structure soon, then stalls
-    because no head knows yet where to look for the details. So a pooled summary of the grid, its
-    layout kept, both starts the LSTM and enters it at every step. Attention does not feed back
-    into the LSTM, so that teacher forcing is one fused LSTM call.
+    Two things make it find *where* to look, on which such models stall with the structure of the
+    code right and every detail a guess. A query addresses a cell by its content and, directly, by
+    the Fourier features of its place: a place known only through a learned key would start as a
+    product of two small matrices, a saddle point. And a pooled summary of the grid, its layout
+    kept, starts the LSTM and enters it at every step. Attention does not feed back into the LSTM,
+    so that teacher forcing is one fused LSTM call.
 
     After "Show, Attend and Tell" (Xu et al., 2015, arXiv:1502.03044), with scaled dot-product
     attention (Vaswani et al., 2017, arXiv:1706.03762).
@@ -105,11 +105,11 @@ class Seq2Seq(nn.Module):
         rows, columns = math.ceil(image_height / stride), math.ceil(image_width / stride)
         # Constants of the size, which no checkpoint needs to hold.
         self.coordinates_1CHW = nn.Buffer(_coordinates(image_height, image_width), persistent=False)
-        self.position_NF = nn.Buffer(_fourier_features(rows, columns), persistent=False)
+        self.position_NP = nn.Buffer(_fourier_features(rows, columns), persistent=False)
         self.pool_SN = nn.Buffer(_pool_matrix(rows, columns), persistent=False)
 
         self.encoder = _encoder(config.channels, image_channels + 2)
-        self.position = nn.Linear(4 * _NUM_FREQUENCIES, feature_dim)
+        self.position = nn.Linear(_POSITION_DIM, feature_dim)
         self.key = nn.Linear(feature_dim, config.hidden_dim)
         self.value = nn.Linear(feature_dim, config.hidden_dim)
         self.summary = nn.Linear(_SUMMARY_ROWS * _SUMMARY_COLUMNS * feature_dim, config.latent_dim)
@@ -119,7 +119,9 @@ class Seq2Seq(nn.Module):
         self.lstm = nn.LSTM(
             config.embed_dim + config.latent_dim, config.hidden_dim, batch_first=True
         )
-        self.query = nn.Linear(config.hidden_dim, config.hidden_dim)
+        self.query = nn.Linear(
+            config.hidden_dim, config.hidden_dim + config.num_heads * _POSITION_DIM
+        )
         self.combine = nn.Linear(2 * config.hidden_dim, config.hidden_dim)
         self.head = nn.Linear(config.hidden_dim, vocab_size)
         self.dropout = nn.Dropout(config.dropout)
@@ -151,15 +153,18 @@ class Seq2Seq(nn.Module):
                 f"{self.image_shape} (channels, height, width)"
             )
         coordinates_BCHW = self.coordinates_1CHW.expand(len(image_BCHW), -1, -1, -1)
-        grid_BFHW = self.encoder(torch.cat([2 * image_BCHW - 1, coordinates_BCHW], dim=1))
+        grid_BFHW = self.encoder(torch.cat([_standardise(image_BCHW), coordinates_BCHW], dim=1))
         feature_BNF = grid_BFHW.flatten(2).transpose(1, 2)
-        summary_BSF = self.pool_SN @ feature_BNF
-        latent_BL = torch.tanh(self.summary(summary_BSF.flatten(1)))
+        latent_BL = self.summary((self.pool_SN @ feature_BNF).flatten(1))
         hidden_BD, cell_BD = torch.tanh(self.start(latent_BL)).chunk(2, dim=1)
-        placed_BNF = feature_BNF + self.position(self.position_NF)
+
+        placed_BNF = feature_BNF + self.position(self.position_NP)
+        content_BANK = self._split_heads(self.key(placed_BNF))
+        place_BANP = self.position_NP.expand(*content_BANK.shape[:2], -1, -1)
         return Memory(
-            key_BANK=self._split_heads(self.key(placed_BNF)),
-            value_BANK=self._split_heads(self.value(placed_BNF)),
+            # The usual scale, but for the content alone: the place keeps its full gradient.
+            key_BANK=torch.cat([content_BANK / content_BANK.shape[3] ** 0.5, place_BANP], dim=3),
+            value_BANU=self._split_heads(self.value(placed_BNF)),
             latent_BL=latent_BL,
             start=State(hidden_BD.contiguous(), cell_BD.contiguous()),
         )
@@ -181,10 +186,10 @@ class Seq2Seq(nn.Module):
         )
         hidden_BTD = self.dropout(hidden_BTD)
         query_BATK = self._split_heads(self.query(hidden_BTD))
-        seen_BATK = functional.scaled_dot_product_attention(
-            query_BATK, memory.key_BANK, memory.value_BANK
+        seen_BATU = functional.scaled_dot_product_attention(
+            query_BATK, memory.key_BANK, memory.value_BANU, scale=1.0
         )
-        seen_BTD = seen_BATK.transpose(1, 2).flatten(2)
+        seen_BTD = seen_BATU.transpose(1, 2).flatten(2)
         combined_BTD = functional.relu(self.combine(torch.cat([hidden_BTD, seen_BTD], dim=2)))
         return self.head(self.dropout(combined_BTD)), State(hidden_1BD[0], cell_1BD[0])
 
@@ -207,6 +212,16 @@ def _encoder(channels: tuple[int, ...], in_channels: int) -> nn.Sequential:
     return nn.Sequential(*stages)
 
 
+def _standardise(image_BCHW: Tensor) -> Tensor:
+    """Zero mean and unit variance for every image and channel.
+
+    A screen is mostly background. Around it, the few pixels of a coloured button are a large
+    signal; in [0,1] they are a small one, and the colours are learnt last.
+    """
+    var_BC11, mean_BC11 = torch.var_mean(image_BCHW, dim=(2, 3), correction=0, keepdim=True)
+    return (image_BCHW - mean_BC11) * torch.rsqrt(var_BC11 + 1e-3)
+
+
 def _coordinates(height: int, width: int) -> Tensor:
     """Two channels that tell a convolution where it is, in [-1,1] (arXiv:1807.03247): 1x2xHxW."""
     row_H, column_W = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
@@ -214,12 +229,12 @@ def _coordinates(height: int, width: int) -> Tensor:
 
 
 def _fourier_features(rows: int, columns: int) -> Tensor:
-    """Sines and cosines of each cell's row and column, NxF, row-major, F = 4 * frequencies."""
-    frequency_F = math.pi * torch.arange(1, _NUM_FREQUENCIES + 1)
+    """Sines and cosines of each cell's row and column: NxP, row-major."""
+    frequency_P = math.pi * torch.arange(1, _NUM_FREQUENCIES + 1)
     row_N = torch.linspace(0, 1, rows).repeat_interleave(columns)
     column_N = torch.linspace(0, 1, columns).repeat(rows)
-    phase_NF = torch.cat([row_N[:, None] * frequency_F, column_N[:, None] * frequency_F], dim=1)
-    return torch.cat([phase_NF.sin(), phase_NF.cos()], dim=1)
+    phase_NP = torch.cat([row_N[:, None] * frequency_P, column_N[:, None] * frequency_P], dim=1)
+    return torch.cat([phase_NP.sin(), phase_NP.cos()], dim=1)
 
 
 def _pool_matrix(rows: int, columns: int) -> Tensor:

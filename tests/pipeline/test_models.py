@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from pipeline.decode import greedy
 from pipeline.models import AutoencoderConfig, Seq2Seq, Seq2SeqConfig, build_model
-from pipeline.models.seq2seq import BOS, EOS, PAD
+from shards.format import BOS, EOS, PAD
 
 SEQ2SEQ = Seq2SeqConfig(
     channels=(8, 16, 24), embed_dim=16, latent_dim=24, hidden_dim=32, num_heads=4, dropout=0.1
@@ -197,14 +197,14 @@ def test_decoder_looks_at_the_image() -> None:
     def loss_of(image_BCHW: Tensor) -> Tensor:
         return functional.cross_entropy(model(image_BCHW, input_BT).transpose(1, 2), target_BT)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(120):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
         optimizer.zero_grad()
         loss_of(image_BCHW).backward()
         optimizer.step()
 
     model.eval()
-    assert loss_of(image_BCHW) < 0.05
+    assert loss_of(image_BCHW) < 0.1
     assert loss_of(image_BCHW.roll(1, dims=0)) > 1
     assert greedy(model, image_BCHW, 10) == token_BT.tolist()
 

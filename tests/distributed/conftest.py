@@ -1,0 +1,138 @@
+"""Real processes over gloo, started one by one so that a test can kill exactly those it wants."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shards import pack, synth
+
+ROOT = Path(__file__).parents[2]
+
+
+class Job:
+    """One process a rank. Output goes to a file a rank, shown when a job fails."""
+
+    def __init__(self, module: str, words: list[str], world_size: int, logs: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        logs.mkdir(parents=True, exist_ok=True)
+        self.logs = [logs / f"rank-{rank}.log" for rank in range(world_size)]
+        self.processes = []
+        for rank, log in enumerate(self.logs):
+            environment = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "ACCELERATE_USE_CPU": "true",
+                "OMP_NUM_THREADS": "1",
+            }
+            with log.open("wb") as out:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-W", "error::UserWarning:pipeline", "-m", module, *words],
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def wait(self, timeout_s: float = 240) -> list[int]:
+        """Exit statuses by rank; a rank that does not end in time fails the test."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            return [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"a rank hangs\n{self.output()}")
+
+    def succeed(self) -> None:
+        assert self.wait() == [0] * len(self.processes), self.output()
+
+    def kill(self, ranks: list[int] | None = None) -> None:
+        """SIGKILL, to all ranks unless some are named."""
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            self.processes[rank].send_signal(signal.SIGKILL)
+        for rank in range(len(self.processes)) if ranks is None else ranks:
+            self.processes[rank].wait()
+
+    def alive(self) -> bool:
+        return any(process.poll() is None for process in self.processes)
+
+    def output(self) -> str:
+        return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in self.logs)
+
+
+StartJob = Callable[..., Job]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[StartJob]:
+    """Starts `module` on `world_size` ranks; what still runs at the end is killed."""
+    jobs: list[Job] = []
+
+    def start_job(module: str, *words: object, world_size: int) -> Job:
+        logs = tmp_path / f"job-{len(jobs)}"
+        jobs.append(Job(module, [str(word) for word in words], world_size, logs))
+        return jobs[-1]
+
+    yield start_job
+    for job in jobs:
+        if job.alive():
+            job.kill()
+
+
+@pytest.fixture(scope="session")
+def screens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed dataset of screens: 29 of them (a prime) in the test split; small images."""
+    folder = tmp_path_factory.mktemp("screens")
+    assert synth.main([str(folder / "raw"), "--samples", "130", "--seed", "5"]) == 0
+    words = "--size 80x48 --split train=rest,val=5,test=28 --shard-samples 29 --workers 0"
+    assert pack.main([str(folder / "raw"), str(folder / "shards"), *words.split()]) == 0
+    return folder / "shards"
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, screens: Path) -> Callable[..., Path]:
+    """Writes the TOML file of a small run; keyword arguments are sections that add to it."""
+
+    def write(name: str, model_name: str = "seq2seq", /, **sections: dict[str, Any]) -> Path:
+        small: dict[str, dict[str, Any]] = {
+            "run": {"seed": 11, "steps": 40, "log_every_steps": 1},
+            "data": {"url": str(screens), "window": 16, "shift_px": 2},
+            "batch": {"global_size": 8, "micro_size": 2},
+            "model": {"name": model_name, "channels": [8, 16]}
+            | (
+                {"hidden_dim": 32, "embed_dim": 16}
+                if model_name == "seq2seq"
+                else {"latent_dim": 16}
+            ),
+            "optim": {"lr": 1e-3, "warmup_steps": 5},
+            "validate": {"every_steps": 1000, "batch_size": 4},
+            "checkpoint": {"every_steps": 4, "keep_last": 3},
+        }
+        for section, values in sections.items():
+            small[section] = {**small[section], **values}
+        path = tmp_path / f"{name}.toml"
+        path.write_text(
+            "\n".join(
+                f"[{section}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items())
+                for section, values in small.items()
+            )
+        )
+        return path
+
+    return write

@@ -1,0 +1,455 @@
+import collections
+import gc
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from shards import pack, storage, tokens
+from shards.format import Manifest, parse_index
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+MakePairs = Callable[..., Path]
+HashTree = Callable[[Path], dict[str, str]]
+
+
+def run(*arguments: object) -> int:
+    return pack.main([str(argument) for argument in (*arguments, "--workers", 0)])
+
+
+def packed_samples(out: Path) -> dict[str, dict[str, bytes]]:
+    """Key -> extension -> bytes of every sample of a dataset, through the indexes."""
+    samples = {}
+    for entries in storage.load_manifest(str(out)).splits.values():
+        for entry in entries:
+            tar = (out / entry.name).read_bytes()
+            spans = parse_index((out / entry.index_name).read_text(), entry.index_name)
+            assert len(spans) == entry.samples
+            for span in spans:
+                assert span.key not in samples
+                samples[span.key] = {
+                    one.extension: tar[one.offset : one.offset + one.size] for one in span.members
+                }
+    return samples
+
+
+def source_names(out: Path) -> list[str]:
+    return [json.loads(members["json"])["source"] for members in packed_samples(out).values()]
+
+
+def test_what_is_packed_is_what_was_there(make_pairs: MakePairs, tmp_path: Path) -> None:
+    raw, out = make_pairs(20), tmp_path / "out"
+    assert run(raw, out, "--shard-samples", 6) == 0
+    manifest = storage.load_manifest(str(out))
+    assert {split: manifest.num_samples(split) for split in manifest.splits} == {
+        "train": 16, "val": 2, "test": 2,
+    }  # fmt: skip
+    assert [entry.samples for entry in manifest.splits["train"]] == [5, 5, 6]
+    assert (manifest.image.width, manifest.image.height) == (40, 24)
+    assert manifest.tokenizer is not None
+    tokenizer = tokens.load_tokenizer((out / "tokenizer.json").read_text(), "here")
+    for key, members in packed_samples(out).items():
+        about = json.loads(members["json"])
+        assert "." not in key
+        assert members["png"] == (raw / about["source"]).read_bytes()
+        assert members["txt"] == (raw / about["source"]).with_suffix(".gui").read_bytes()
+        ids = np.load(io.BytesIO(members["tokens.npy"]))
+        assert ids.tolist() == tokens.encode(tokenizer, members["txt"].decode())
+        assert (about["width"], about["height"]) == (40, 24)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "manifest.json", "plan.json", "test", "tokenizer.json", "train", "val",
+    ]  # fmt: skip
+
+
+# webdataset leaves its tar files to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_plain_webdataset_reads_every_shard(make_pairs: MakePairs, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(make_pairs(12), out, "--shard-samples", 4, "--size", "20x12") == 0
+    expected = packed_samples(out)
+    urls = sorted(str(path) for path in out.glob("*/*.tar"))
+    found = {
+        sample["__key__"]: {
+            name: data for name, data in sample.items() if not name.startswith("__")
+        }
+        for sample in webdataset.WebDataset(urls, shardshuffle=False)
+    }
+    gc.collect()
+    assert found == expected
+    for members in found.values():
+        with Image.open(io.BytesIO(members["png"])) as image:
+            assert (image.size, image.mode) == ((20, 12), "RGB")
+
+
+def test_images_alone(make_pairs: MakePairs, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(make_pairs(10), out, "--kind", "images", "--split", "train=rest,test=3") == 0
+    manifest = storage.load_manifest(str(out))
+    assert manifest.kind == "images"
+    assert manifest.tokenizer is None
+    assert manifest.num_samples("test") == 3
+    assert all(set(members) == {"json", "png"} for members in packed_samples(out).values())
+
+
+def start(*arguments: object) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-W", "error", "-m", "shards.pack", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=sys.stderr)
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(
+    make_pairs: MakePairs, tmp_path: Path, hash_tree: HashTree
+) -> None:
+    raw = make_pairs(30)
+    options = ("--shard-samples", 4, "--size", "20x12", "--encode", "webp")
+    assert run(raw, tmp_path / "0", *options) == 0
+    expected = hash_tree(tmp_path / "0")
+    assert len(expected) == 3 + 3 * (6 + 1 + 1)
+    for workers in (1, 2, 4):
+        out = tmp_path / str(workers)
+        assert start(raw, out, *options, "--workers", workers).wait() == 0
+        assert hash_tree(out) == expected
+
+
+def test_a_killed_pack_goes_on_to_the_same_bytes(
+    make_pairs: MakePairs, tmp_path: Path, hash_tree: HashTree
+) -> None:
+    raw = make_pairs(40, size=(320, 200))
+    options = ("--shard-samples", 4, "--encode", "webp", "--workers", 2)
+    assert run(raw, tmp_path / "whole", *options[:-2]) == 0
+    expected = hash_tree(tmp_path / "whole")
+
+    def exists(out: Path, name: str) -> bool:
+        return (out / name).exists()
+
+    def count(out: Path, pattern: str) -> int:
+        return len(list(out.glob(pattern)))
+
+    moments: list[Callable[[Path], bool]] = [
+        lambda out: out.exists(),
+        lambda out: exists(out, "plan.json"),
+        lambda out: count(out, ".pixloom-tmp/*") > 0,
+        lambda out: count(out, "*/*.tar") > 0,
+        lambda out: count(out, "*/*.json") >= 3,
+        lambda out: count(out, "*/*.json") >= 8,
+    ]
+    num_unfinished = 0
+    for number, reached in enumerate(moments):
+        out = tmp_path / f"killed{number}"
+        process = start(raw, out, *options)
+        while not reached(out):
+            assert process.poll() is None
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        num_unfinished += not (out / "manifest.json").exists()
+        kept = {path: path.stat().st_mtime_ns for path in out.glob("*/*.json")}
+        assert run(raw, out, *options[:-2]) == 0
+        assert hash_tree(out) == expected
+        for path, written_ns in kept.items():
+            assert path.stat().st_mtime_ns == written_ns, "a finished shard was made again"
+    assert num_unfinished >= 4
+
+
+def test_a_second_call_finds_nothing_to_do(
+    make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = make_pairs(10), tmp_path / "out"
+    assert run(raw, out, "--json") == 0
+    first = json.loads(capsys.readouterr().out)
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
+    assert run(raw, out, "--json") == 0
+    second = json.loads(capsys.readouterr().out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.*")} == written
+    assert (first["nothing_to_do"], second["nothing_to_do"]) == (False, True)
+    assert first["data_digest"] == second["data_digest"]
+    assert first["samples"] == {"train": 8, "val": 1, "test": 1}
+
+
+def test_a_damaged_dataset_is_repaired(
+    make_pairs: MakePairs, tmp_path: Path, hash_tree: HashTree
+) -> None:
+    raw, out = make_pairs(10), tmp_path / "out"
+    assert run(raw, out, "--shard-samples", 2) == 0
+    expected = hash_tree(out)
+    (out / "train" / "000000.tar").write_bytes(b"junk")
+    (out / "train" / "000001.idx").unlink()
+    (out / "train" / "000002.json").write_text("{")
+    (out / "tokenizer.json").unlink()
+    assert run(raw, out, "--shard-samples", 2) == 0
+    assert hash_tree(out) == expected
+
+
+def test_a_change_is_named_and_overwritten_only_when_asked(
+    make_pairs: MakePairs,
+    tmp_path: Path,
+    hash_tree: HashTree,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    raw, out = make_pairs(10), tmp_path / "out"
+    assert run(raw, out, "--shard-samples", 2) == 0
+    before = hash_tree(out)
+    assert run(raw, out, "--shard-samples", 2, "--size", "8x8") == 2
+    assert "--size was None, now 8x8" in capsys.readouterr().err
+    (raw / "a" / "0001.gui").write_text("changed")
+    assert run(raw, out, "--shard-samples", 2) == 2
+    error = capsys.readouterr().err
+    assert "changed: 'a/0001.gui'" in error
+    assert "--overwrite" in error
+    assert hash_tree(out) == before
+    assert run(raw, out, "--shard-samples", 20, "--overwrite") == 0
+    assert run(raw, tmp_path / "fresh", "--shard-samples", 20) == 0
+    assert hash_tree(out) == hash_tree(tmp_path / "fresh")
+
+
+def test_what_is_not_a_pack_is_not_touched(
+    make_pairs: MakePairs,
+    tmp_path: Path,
+    hash_tree: HashTree,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    raw, other, empty = make_pairs(10), tmp_path / "other", tmp_path / "empty"
+    other.mkdir()
+    empty.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    before = hash_tree(tmp_path)
+    for arguments, named in [
+        ((raw, other), "not empty"),
+        ((raw, other, "--overwrite"), "not empty"),
+        ((raw, other / "thesis.txt"), "not a folder"),
+        ((raw, raw / "out"), "OUT lies in SOURCE"),
+        ((raw, "s3://bucket/out"), "supported so far"),
+        ((empty, tmp_path / "out"), "no images"),
+        ((tmp_path / "missing", tmp_path / "out"), "no such folder"),
+        ((raw, tmp_path / "out", "--split", "train=rest,test=10"), "'train'"),
+        ((raw, tmp_path / "out", "--split", "test=1"), "--tokenizer FILE"),
+        ((raw, tmp_path / "out", "--tokenizer", tmp_path / "none.json"), "none.json"),
+        ((raw, tmp_path / "out", "--kind", "images", "--tokenizer", raw / "x"), "no code"),
+        ((raw, tmp_path / "out", "--quality", 101), "--quality"),
+    ]:
+        assert run(*arguments) == 2
+        error = capsys.readouterr().err
+        assert named in error
+        assert error.startswith("pixloom pack: error: ")
+        assert error.count("\n") == 1
+    assert hash_tree(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", [("--size", "8"), ("--channels", "2"), ("--workers", "-1")])
+def test_usage_errors_exit_2(option: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        pack.main([str(tmp_path), str(tmp_path / "out"), *option])
+    assert stopped.value.code == 2
+
+
+def test_bad_files_are_skipped_counted_and_named(
+    make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = make_pairs(16), tmp_path / "out"
+    good = (raw / "a" / "0001.png").read_bytes()
+    for name, image, code in [
+        ("cut", good[:-200], b"a"),
+        ("zero", b"", b"a"),
+        ("text", b"not an image", b"a"),
+        ("latin", good, b"\xe9"),
+        ("blank", good, b" \n"),
+        ("no code", good, None),
+        ("no\nimage", None, b"a"),
+    ]:
+        if image is not None:
+            (raw / f"{name}.png").write_bytes(image)
+        if code is not None:
+            (raw / f"{name}.gui").write_bytes(code)
+    (raw / "link.png").symlink_to(raw / "a" / "0001.png")
+    expected = {
+        "truncated": 1, "empty": 1, "unsupported_format": 1, "code_not_utf8": 1, "code_empty": 1,
+        "image_without_code": 1, "code_without_image": 1, "not_a_file": 1,
+    }  # fmt: skip
+    assert run(raw, out) == 0
+    manifest = storage.load_manifest(str(out))
+    assert manifest.skips == dict(sorted(expected.items()))
+    assert len(packed_samples(out)) == 16
+    error = capsys.readouterr().err
+    assert "skipped 8: " in error
+    assert r"1 code_without_image: 'no\nimage.gui'" in error
+    assert "1 truncated: 'cut.png'" in error
+    assert run(raw, tmp_path / "strict", "--max-bad", 7) == 1
+    assert "--max-bad allows 7" in capsys.readouterr().err
+    assert not (tmp_path / "strict" / "manifest.json").exists()
+    assert run(raw, tmp_path / "strict", "--max-bad", 8) == 0
+
+
+def test_nothing_but_bad_files_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "zero.png").touch()
+    assert run(raw, tmp_path / "out") == 2
+    assert "nothing to pack there (1 empty: 'zero.png')" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_of_refused_samples_alone_is_left_out(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    raw, out = make_pairs(8), tmp_path / "out"
+    good = (raw / "a" / "0001.png").read_bytes()
+    (raw / "x.png").write_bytes(good[: len(good) // 2])
+    (raw / "x.gui").write_text("cut")
+    arguments = (raw, out, "--shard-samples", 1, "--split", "train=1")
+    assert run(*arguments) == 0
+    manifest = storage.load_manifest(str(out))
+    assert [entry.samples for entry in manifest.splits["train"]] == [1] * 8
+    assert run(*arguments) == 0
+
+
+def test_long_programs_are_skipped_when_asked(make_pairs: MakePairs, tmp_path: Path) -> None:
+    raw, out = make_pairs(6), tmp_path / "out"
+    (raw / "a" / "0001.gui").write_text("word " * 100)
+    assert run(raw, out, "--max-tokens", 60, "--split", "train=1") == 0
+    manifest = storage.load_manifest(str(out))
+    assert manifest.skips == {"too_many_tokens": 1}
+    assert manifest.tokenizer is not None
+    assert manifest.tokenizer.longest <= 60
+
+
+def test_the_vocabulary_is_that_of_the_training_split(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    raw, out = make_pairs(12), tmp_path / "out"
+    for path in raw.rglob("*.gui"):
+        path.write_text(f"common only-{path.stem}")
+    assert run(raw, out) == 0
+    tokenizer = tokens.load_tokenizer((out / "tokenizer.json").read_text(), "here")
+    for key, members in packed_samples(out).items():
+        known = tokenizer.token_to_id(members["txt"].decode().split()[1]) is not None
+        assert known == key.startswith("train-")
+        ids = tokens.from_npy(members["tokens.npy"], key).tolist()
+        assert (3 in ids) == (not known)
+
+
+def test_another_dataset_with_the_same_tokenizer(make_pairs: MakePairs, tmp_path: Path) -> None:
+    assert run(make_pairs(10), tmp_path / "out") == 0
+    tokenizer = tmp_path / "out" / "tokenizer.json"
+    raw = make_pairs(5, name="more")
+    assert run(raw, tmp_path / "test", "--tokenizer", tokenizer, "--split", "test=1") == 0
+    first, second = (storage.load_manifest(str(tmp_path / name)) for name in ("out", "test"))
+    assert first.tokenizer is not None
+    assert second.tokenizer is not None
+    assert first.tokenizer.sha256 == second.tokenizer.sha256
+    assert second.num_samples("test") == 5
+
+
+def test_duplicates_stay_in_one_split(make_pairs: MakePairs, tmp_path: Path) -> None:
+    raw, out = make_pairs(24), tmp_path / "out"
+    for path in sorted(raw.rglob("*.gui"))[:12]:
+        path.write_text(f"program  {int(path.stem) % 3}\n\n")
+        path.with_name("again" + path.name).write_text(f"program {int(path.stem) % 3}")
+        path.with_name("again" + path.stem + ".png").write_bytes(
+            path.with_suffix(".png").read_bytes()
+        )
+    assert run(raw, out, "--split", "train=rest,val=4,test=4") == 0
+    splits: dict[str, set[str]] = collections.defaultdict(set)
+    for key, members in packed_samples(out).items():
+        split = key.partition("-")[0]
+        splits[" ".join(members["txt"].decode().split())].add(split)
+        splits[members["png"].hex()].add(split)
+    assert all(len(found) == 1 for found in splits.values())
+    manifest = storage.load_manifest(str(out))
+    assert sum(manifest.num_samples(split) for split in manifest.splits) == 36
+
+
+kinds_of_files = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "b", "A", "x/a", "x/b", "c d", "e.f"]),
+        st.sampled_from([".png", ".jpg", ".gui", ".txt", ".md"]),
+        st.sampled_from(["good", "good", "good", "cut", "zero", "junk"]),
+    ),
+    max_size=14,
+    unique_by=lambda row: row[:2],
+)
+
+
+@given(files=kinds_of_files)
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_every_file_is_packed_once_or_skipped_once(
+    files: list[tuple[str, str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    raw = tmp_path_factory.mktemp("raw")
+    images, codes = set(), set()
+    for at, (stem, suffix, state) in enumerate(files):
+        path = raw / f"{stem}{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        if suffix in (".png", ".jpg"):
+            images.add(f"{stem}{suffix}")
+            out = io.BytesIO()
+            kind = "PNG" if suffix == ".png" else "JPEG"
+            Image.effect_noise((12, 12), at + 1).convert("RGB").save(out, kind)
+            data = out.getvalue()
+            path.write_bytes(
+                {"good": data, "cut": data[: len(data) // 2], "zero": b"", "junk": b"x"}[state]
+            )
+        else:
+            if suffix == ".gui":
+                codes.add(f"{stem}{suffix}")
+            texts = {"good": f"code {at}".encode(), "cut": b"\xc3", "zero": b"", "junk": b"x"}
+            path.write_bytes(texts[state])
+    out_folder = tmp_path_factory.mktemp("out")
+    arguments = (raw, out_folder, "--code-suffix", ".gui", "--split", "train=1")
+    if run(*arguments) != 0:
+        assert not (out_folder / "manifest.json").exists()
+        return
+    manifest = storage.load_manifest(str(out_folder))
+    sources = source_names(out_folder)
+    assert len(set(sources)) == len(sources) == manifest.num_samples("train")
+    # A packed sample takes an image and a code. A skip takes the file it names, and where that
+    # was half of a pair, the other half with it.
+    plan = json.loads((out_folder / "plan.json").read_text())
+    planned = [sample[1] for samples in plan["shards"].values() for sample in samples]
+    skipped_names = [name for _, name in plan["skips"]]
+    assert len(set(skipped_names)) == len(skipped_names)
+    num_late = sum(manifest.skips.values()) - len(skipped_names)
+    assert len(planned) == len(sources) + num_late
+    stems = collections.Counter(
+        os.path.splitext(name)[0]  # noqa: PTH122
+        for name in (*skipped_names, *planned)
+    )
+    for name in images | codes:
+        assert stems[os.path.splitext(name)[0]] >= 1, f"{name} is unaccounted for"  # noqa: PTH122
+
+
+def test_real_screens_pack(screens: Path, tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    for path in sorted(screens.iterdir())[:24]:
+        (raw / path.name).symlink_to(path)
+    assert run(raw, out) == 2  # Links are not followed.
+    for path in list(raw.iterdir()):
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data)
+    assert run(raw, out, "--size", "160x96", "--split", "train=1") == 0
+    manifest = Manifest.from_json((out / "manifest.json").read_text(), "here")
+    assert manifest.tokenizer is not None
+    assert manifest.tokenizer.vocab_size <= 20
+    tokenizer = tokens.load_tokenizer((out / "tokenizer.json").read_text(), "here")
+    members = next(iter(packed_samples(out).values()))
+    ids = tokens.from_npy(members["tokens.npy"], "here").tolist()
+    code = members["txt"].decode()
+    assert tokenizer.decode(ids).replace(" ,", ",").split() == code.split()
