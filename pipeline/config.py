@@ -318,10 +318,8 @@ def _build(kind: Any, section: str, body: Mapping[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(kind)
     for name in body:
         if name not in hints:
-            raise UserError(
-                f"{where}: unknown key {section}.{name}"
-                f"{_nearest(f'{section}.{name}', [f'{section}.{hint}' for hint in hints])}"
-            )
+            key = f"{section}.{name}"
+            raise UserError(f"{where}: unknown key {key}{_nearest(key, list(_keys()))}")
     for field in dataclasses.fields(kind):
         if field.default is dataclasses.MISSING and field.name not in body:
             raise UserError(
@@ -364,7 +362,10 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
 
 
 def _nearest(word: str, known: list[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    """A suggestion: the same name in another section first, then the closest spelling."""
+    name = word.rpartition(".")[2]
+    moved = [key for key in known if key.rpartition(".")[2] == name]
+    close = moved or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 

@@ -214,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_config_flags(parser)
     try:
         arguments = parse_flags(parser, argv)
+        if arguments.step < 0:
+            raise UserError(f"--step {arguments.step}: steps count from 0")
         config = config_from(arguments)
         manifest = load_manifest(config.data.url)
         order = order_of(config, manifest)

@@ -11,6 +11,7 @@ features of a head, U value features of a head, L latent, E embedding, D hidden.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ class Seq2SeqConfig:
             raise ValueError(f"model.dropout = {self.dropout} is outside [0,1)")
 
 
-class State(NamedTuple):
+class DecoderState(NamedTuple):
     """The LSTM's state between two tokens. Row b belongs to sample b."""
 
     hidden_BD: Tensor
@@ -73,7 +74,7 @@ class Memory(NamedTuple):
     key_BANK: Tensor
     value_BANU: Tensor
     latent_BL: Tensor
-    start: State
+    start: DecoderState
 
 
 class Seq2Seq(nn.Module):
@@ -108,7 +109,8 @@ class Seq2Seq(nn.Module):
         self.position_NP = nn.Buffer(_fourier_features(rows, columns), persistent=False)
         self.pool_SN = nn.Buffer(_pool_matrix(rows, columns), persistent=False)
 
-        self.encoder = _encoder(config.channels, image_channels + 2)
+        # Two more channels hold the coordinates.
+        self.encoder = _encoder(image_channels + 2, config.channels)
         self.position = nn.Linear(_POSITION_DIM, feature_dim)
         self.key = nn.Linear(feature_dim, config.hidden_dim)
         self.value = nn.Linear(feature_dim, config.hidden_dim)
@@ -166,10 +168,12 @@ class Seq2Seq(nn.Module):
             key_BANK=torch.cat([content_BANK / content_BANK.shape[3] ** 0.5, place_BANP], dim=3),
             value_BANU=self._split_heads(self.value(placed_BNF)),
             latent_BL=latent_BL,
-            start=State(hidden_BD.contiguous(), cell_BD.contiguous()),
+            start=DecoderState(hidden_BD.contiguous(), cell_BD.contiguous()),
         )
 
-    def step(self, token_B: Tensor, state: State, memory: Memory) -> tuple[Tensor, State]:
+    def step(
+        self, token_B: Tensor, state: DecoderState, memory: Memory
+    ) -> tuple[Tensor, DecoderState]:
         """One token on: `logits_BV` after the int64 `token_B`, and the state that follows.
 
         Starts with `<bos>` and `memory.start`; equals `forward` position by position.
@@ -177,7 +181,9 @@ class Seq2Seq(nn.Module):
         logits_BTV, state = self._decode(token_B[:, None], state, memory)
         return logits_BTV[:, 0], state
 
-    def _decode(self, token_BT: Tensor, state: State, memory: Memory) -> tuple[Tensor, State]:
+    def _decode(
+        self, token_BT: Tensor, state: DecoderState, memory: Memory
+    ) -> tuple[Tensor, DecoderState]:
         latent_BTL = memory.latent_BL[:, None].expand(-1, token_BT.shape[1], -1)
         embedding_BTE = self.dropout(self.embedding(token_BT))
         hidden_BTD, (hidden_1BD, cell_1BD) = self.lstm(
@@ -191,24 +197,23 @@ class Seq2Seq(nn.Module):
         )
         seen_BTD = seen_BATU.transpose(1, 2).flatten(2)
         combined_BTD = functional.relu(self.combine(torch.cat([hidden_BTD, seen_BTD], dim=2)))
-        return self.head(self.dropout(combined_BTD)), State(hidden_1BD[0], cell_1BD[0])
+        return self.head(self.dropout(combined_BTD)), DecoderState(hidden_1BD[0], cell_1BD[0])
 
     def _split_heads(self, feature_BTD: Tensor) -> Tensor:
         batch_size, length, _ = feature_BTD.shape
         return feature_BTD.view(batch_size, length, self.config.num_heads, -1).transpose(1, 2)
 
 
-def _encoder(channels: tuple[int, ...], in_channels: int) -> nn.Sequential:
+def _encoder(image_channels: int, channels: tuple[int, ...]) -> nn.Sequential:
     """Convolutions of stride 2; each turns a height or width of n into ceil(n / 2)."""
     stages: list[nn.Module] = []
-    for out_channels in channels:
+    for in_channels, out_channels in pairwise((image_channels, *channels)):
         stages += [
             nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False),
             # GroupNorm, not BatchNorm: a sample's result must not depend on its batch.
             nn.GroupNorm(math.gcd(out_channels, 8), out_channels),
             nn.ReLU(),
         ]
-        in_channels = out_channels
     return nn.Sequential(*stages)
 
 

@@ -1,0 +1,128 @@
+"""One reader for TOML and flags; every mistake is one line that names the key."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import (
+    Config,
+    add_config_flags,
+    config_from,
+    config_of,
+    differences,
+    parse_flags,
+    to_dict,
+    to_toml,
+)
+from shards.storage import UserError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "launch" / "configs").glob("*.toml"))
+SMALL = '[run]\ndir = "r"\nsteps = 5\n[data]\nurl = "d"\n'
+
+
+def read(tmp_path: Path, text: str, *flags: str) -> Config:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_config_flags(parser)
+    return config_from(parse_flags(parser, ["--config", str(path), *flags]))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid_and_survive_being_saved(
+    path: Path, tmp_path: Path
+) -> None:
+    config = read(tmp_path, path.read_text())
+    assert read(tmp_path, to_toml(config)) == config
+    assert config_of(json.loads(json.dumps(to_dict(config))), "json") == config
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    flags = ["--optim.lr", "3e-4", "--run.deterministic", "true", "--model.channels", "[4, 8,16]"]
+    config = read(tmp_path, SMALL + "[optim]\nlr = 1\n", *flags, "--run.steps=7")
+    assert config.optim.lr == 3e-4
+    assert config.run.deterministic is True
+    assert config.model.channels == (4, 8, 16)
+    assert config.run.steps == 7
+
+
+def test_the_model_section_follows_its_name(tmp_path: Path) -> None:
+    config = read(tmp_path, SMALL, "--model.name", "autoencoder", "--model.latent_dim", "7")
+    assert config.model.name == "autoencoder"
+    with pytest.raises(UserError, match=r"unknown key model\.num_heads"):
+        read(tmp_path, SMALL, "--model.name", "autoencoder", "--model.num_heads", "2")
+
+
+@pytest.mark.parametrize(
+    ("addition", "message"),
+    [
+        ("[optim]\nlearning_rate = 1.0\n", r"unknown key optim\.learning_rate"),
+        ("[optim]\nwarmup_step = 1\n", r"optim\.warmup_step; did you mean optim\.warmup_steps\?"),
+        ("[optimm]\nlr = 1.0\n", r"unknown section \[optimm\]; did you mean optim\?"),
+        ("[optim]\nlr = 'fast'\n", r"optim\.lr = 'fast': must be float"),
+        ("[optim]\nlr = -1.0\n", r"optim\.lr = -1\.0: must be above 0"),
+        ("[optim]\nschedule = 'cosin'\n", r"optim\.schedule = 'cosin': choose one of constant, co"),
+        ("[batch]\nmicro_size = 0\n", r"batch\.micro_size = 0: must be at least 1"),
+        ("[batch]\nmicro_size = 2.5\n", r"batch\.micro_size = 2\.5: must be int"),
+        ("[batch]\nmicro_size = true\n", r"batch\.micro_size = True: must be int"),
+        ("[model]\nname = 'resnet'\n", r"model\.name = 'resnet': choose one of seq2seq, auto"),
+        ("[model]\nchannels = ['a']\n", r"model\.channels = 'a': must be int"),
+        ("[model]\nnum_heads = 5\n", r"model\.num_heads = 5 does not divide"),
+        ("[optim\n", r"not a TOML file"),
+        ("[optim]\nsteps = 3\n", r"unknown key optim\.steps; did you mean run\.steps\?"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_file_and_key(
+    tmp_path: Path, addition: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        read(tmp_path, SMALL + addition)
+    assert "run.toml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optim.lrr", "1"], r"unknown flag --optim\.lrr; did you mean --optim\.lr\?"),
+        (["--run.steps", "many"], r"run\.steps = 'many': must be int"),
+        (["--run.deterministic", "yes"], r"run\.deterministic = 'yes': must be bool"),
+        (["extra"], r"unexpected argument 'extra'"),
+    ],
+)
+def test_a_wrong_flag_names_the_nearest(tmp_path: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, SMALL, *flags)
+
+
+def test_a_value_where_a_section_belongs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"optim is a section; write \[optim\]"):
+        read(tmp_path, "optim = 3\n" + SMALL)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.url is missing: root of a packed dataset"):
+        read(tmp_path, '[run]\ndir = "r"\nsteps = 1\n')
+    with pytest.raises(UserError, match=r"no\.toml: cannot read the configuration"):
+        config_from(argparse.Namespace(config=str(tmp_path / "no.toml")))
+    with pytest.raises(UserError, match=r"run\.steps, run\.epochs: set exactly one"):
+        read(tmp_path, '[run]\ndir = "r"\n[data]\nurl = "d"\n')
+
+
+def test_only_keys_that_cannot_reach_the_result_may_change(tmp_path: Path) -> None:
+    one = to_dict(read(tmp_path, SMALL))
+    same = to_dict(read(tmp_path, SMALL, "--data.workers", "3", "--run.dir", "elsewhere"))
+    other = to_dict(read(tmp_path, SMALL, "--optim.lr", "0.5"))
+    assert differences(one, same) == []
+    assert differences(one, other) == ["optim.lr: 0.001 -> 0.5"]
+
+
+def test_every_key_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_config_flags(parser)
+    parser.print_help()
+    for action in parser._actions:
+        assert action.help, action.dest
+    assert "streams read side by side" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,96 @@
+"""The small pure modules: random keys, learning rate, metrics, state."""
+
+import math
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import rng
+from pipeline.config import OptimConfig
+from pipeline.metrics import CODE_COLUMNS, code_metrics, code_sums, is_better, merge, psnr
+from pipeline.optim import learning_rate
+from pipeline.state import TrainState
+
+
+def test_keys_are_stable_and_tell_parts_apart() -> None:
+    """Golden: the streams of released runs must not move."""
+    assert rng.key(1, 2, "shards") == GOLDEN_KEY
+    assert rng.permutation(rng.key(0, "test"), 8).tolist() == GOLDEN_PERMUTATION
+    assert (
+        len({rng.key(1, 23), rng.key(12, 3), rng.key(123), rng.key("1", 23), rng.key(1, "23")}) == 5
+    )
+    assert rng.key(np.int64(7), "a") == rng.key(7, "a")
+    assert 0 <= rng.torch_seed(5) < 2**63
+
+
+@given(st.integers(0, 2**128 - 1), st.integers(0, 200))
+def test_permutations_are_permutations(key: int, count: int) -> None:
+    assert sorted(rng.permutation(key, count).tolist()) == list(range(count))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rate_warms_up_and_decays(schedule: str) -> None:
+    config = OptimConfig(lr=2.0, warmup_steps=10, schedule=schedule)  # type: ignore[arg-type]
+    rates = [learning_rate(step, config, 110) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10] == 2.0
+    assert rates[60] == pytest.approx(2.0 if schedule == "constant" else 1.0)
+    assert rates[109] == pytest.approx(
+        {"constant": 2.0, "linear": 0.02, "cosine": 0.0}[schedule], abs=1e-3
+    )
+
+
+def test_learning_rate_of_a_run_shorter_than_its_warm_up_is_finite() -> None:
+    config = OptimConfig(lr=1.0, warmup_steps=10)
+    assert [learning_rate(step, config, 5) for step in range(5)] == [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+@given(st.lists(st.lists(st.floats(-1e9, 1e9), min_size=3, max_size=3), min_size=1), st.randoms())
+def test_merged_sums_do_not_depend_on_the_order_of_rows(
+    rows: list[list[float]], random: Random
+) -> None:
+    shuffled = list(rows)
+    random.shuffle(shuffled)
+    assert merge(rows) == merge(shuffled)
+
+
+def test_code_metrics_by_hand() -> None:
+    truth = [[5, 6, 7], [5, 6, 7, 8], [4]]
+    guess = [[5, 6, 7], [5, 7, 8], []]
+    sums = code_sums(guess, truth)
+    assert dict(zip(CODE_COLUMNS, sums, strict=True)) == {
+        "exact": 1.0,
+        "edits": 2.0,
+        "reference_tokens": 8.0,
+        "positional_errors": 3 / 4 + 1.0,
+    }
+    assert code_metrics(3, sums) == {
+        "exact_match": 1 / 3,
+        "token_error_rate": 0.25,
+        "positional_error": pytest.approx(1.75 / 3),
+    }
+
+
+def test_better_knows_its_direction() -> None:
+    assert is_better("exact_match", 0.5, 0.4)
+    assert not is_better("exact_match", 0.4, 0.4)
+    assert is_better("mse", 0.4, 0.5)
+    assert is_better("mse", 0.4, None)
+    assert not is_better("mse", math.nan, 0.5)
+
+
+def test_psnr() -> None:
+    assert psnr(0.01) == pytest.approx(20.0)
+    assert psnr(0.0) == math.inf
+
+
+def test_state_survives_json() -> None:
+    state = TrainState(step=4, order_digest="a" * 32, best_step=2, best_metric=0.1 + 0.2)
+    assert TrainState.from_json(state.to_json()) == state
+
+
+GOLDEN_KEY = 263666187971425167825063204971014364294
+GOLDEN_PERMUTATION = [5, 0, 1, 2, 7, 4, 3, 6]

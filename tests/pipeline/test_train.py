@@ -1,0 +1,199 @@
+"""What a user can get wrong about a run: one clear line, exit 2, and nothing is lost."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline import order, train, validate
+from shards import pack, synth
+from shards.storage import load_manifest
+
+TINY = """
+--run.steps 3 --run.log_every_steps 1 --batch.global_size 4 --batch.micro_size 2
+--model.channels 4,8 --model.hidden_dim 8 --model.embed_dim 4 --checkpoint.every_steps 2
+"""
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+def run(folder: Path, data: Path, *flags: object) -> int:
+    words = ["--run.dir", folder, "--data.url", data, *TINY.split(), *flags]
+    return train.main([str(word) for word in words])
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture
+def trained(cpu: None, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    assert run(tmp_path / "run", screens) == 0
+    capsys.readouterr()
+    return tmp_path / "run"
+
+
+def test_a_folder_without_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "run", tmp_path) == 2
+    line = error_line(capsys)
+    assert line.startswith(f"pixloom train: error: {tmp_path}: no packed dataset")
+    assert "pixloom pack" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch.global_size", 100], "fewer than one step of batch.global_size = 100"),
+        (["--batch.micro_size", 3], "batch.micro_size = 3 does not divide batch.global_size = 4"),
+        (["--data.lanes", 3], "data.lanes = 3 does not divide"),
+        (["--optim.lrr", 1], "did you mean --optim.lr?"),
+        (["--run.resume", "/nowhere"], "/nowhere/COMMIT.json: cannot be read"),
+    ],
+)
+def test_what_does_not_fit(
+    flags: list[object],
+    message: str,
+    screens: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(tmp_path / "run", screens, *flags) == 2
+    assert message in error_line(capsys)
+
+
+def test_more_processes_than_microbatches(
+    screens: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert run(tmp_path / "run", screens) == 2
+    assert "3 processes, but batch.global_size / batch.micro_size = 2" in error_line(capsys)
+
+
+def test_code_is_needed_to_learn_code(
+    cpu: None, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "run", pictures) == 2
+    assert "this dataset has no tokenizer" in error_line(capsys)
+
+
+def test_another_configuration_or_dataset_than_the_checkpoint_s(
+    trained: Path, pictures: Path, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+    assert run(trained, screens, "--optim.lr", 0.5) == 2
+    assert "optim.lr: 0.001 -> 0.5" in error_line(capsys)
+    other = tmp_path / "other"
+    shutil.copytree(screens, other)
+    text = (other / "manifest.json").read_text()
+    manifest = load_manifest(str(other))
+    del manifest.splits["val"]  # type: ignore[attr-defined]
+    (other / "manifest.json").write_text(manifest.to_json())
+    assert text != manifest.to_json()
+    assert run(trained, other) == 2
+    assert "was trained on another dataset" in error_line(capsys)
+    assert run(trained, screens, "--run.resume", "never") == 2
+    assert "run.resume = never" in error_line(capsys)
+    assert before == {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+
+
+def test_a_complete_run_finds_nothing_to_do(
+    trained: Path, screens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (trained / "metrics.jsonl").read_text()
+    assert run(trained, screens) == 0
+    assert "steps 3 to 3; resumed from step-00000003" in capsys.readouterr().err
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_order_proves_offline_what_the_run_saw(
+    trained: Path, screens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "split" not in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    for row in steps:
+        words = [
+            "--config",
+            trained / "config.toml",
+            "--step",
+            row["step"] - 1,
+            "--digest",
+            "--json",
+        ]
+        assert order.main([str(word) for word in words]) == 0
+        proof = json.loads(capsys.readouterr().out)
+        assert proof["order_digest"] == row["order_digest"]
+        assert len(set(proof["keys"])) == 4
+    assert order.main(["--config", str(trained / "config.toml"), "--step", "-1"]) == 2
+    assert "--step -1" in error_line(capsys)
+
+
+def test_validate_names_what_is_missing(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert validate.main([str(trained), "--split", "tset"]) == 2
+    assert "no split 'tset'; it has test, train, val" in error_line(capsys)
+    assert validate.main([str(trained), "--data.url", str(pictures)]) == 2
+    assert "packed with another tokenizer" in error_line(capsys)
+    assert validate.main([str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in error_line(capsys)
+
+
+def test_validate_on_another_dataset_of_the_same_tokenizer(
+    trained: Path, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "more"
+    assert synth.main([str(raw), "--samples", "9", "--seed", "77"]) == 0
+    words = ["--size", "48x32", "--split", "test=1", "--tokenizer", str(screens / "tokenizer.json")]
+    assert pack.main([str(raw), str(out), *words, "--workers", "0"]) == 0
+    capsys.readouterr()
+    words = ["--split", "test", "--data.url", str(out), "--json"]
+    assert validate.main([str(trained), *words]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["samples"] == 9
+
+
+def test_damaged_samples_stop_the_run_unless_allowed(
+    cpu: None, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(screens, copy)
+    manifest = load_manifest(str(copy))
+    for entry in manifest.splits["train"]:
+        path = copy / entry.name
+        body = bytearray(path.read_bytes())
+        for place in range(0, len(body), 4096):
+            body[place] ^= 1
+        path.write_bytes(body)
+    assert run(tmp_path / "stops", copy) == 2
+    captured = capsys.readouterr().err
+    assert "data.max_bad allows 0 (train/" in captured
+    assert "CRC-32 differs" in captured
+    assert run(tmp_path / "goes", copy, "--data.max_bad", 1000, "--validate.every_steps", 9) == 0
+    rows = [json.loads(line) for line in (tmp_path / "goes/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["bad_samples"] > 0
+    assert run(tmp_path / "clean", screens) == 0
+    clean = [
+        json.loads(line) for line in (tmp_path / "clean/metrics.jsonl").read_text().splitlines()
+    ]
+    assert clean[1]["order_digest"] == rows[1]["order_digest"], "damage must not shift the order"
+
+
+def test_early_stopping(
+    cpu: None, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--validate.every_steps", 1, "--validate.patience", 2, "--optim.lr", 1e-9]
+    assert run(tmp_path / "run", screens, *flags, "--run.steps", 30) == 0
+    assert "stopping early" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] < 30
