@@ -3,6 +3,7 @@
 Launchers (`accelerate launch -m`, `torchrun -m`) start the modules themselves.
 """
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -28,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     verb, *rest = words
     if verb not in VERBS:
-        print(
-            f"pixloom: error: no verb {verb!r}; choose one of {', '.join(VERBS)}", file=sys.stderr
-        )
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(VERBS)}"
+        print(f"pixloom: error: no verb {verb!r}; {hint}", file=sys.stderr)
         return 2
     status: int = importlib.import_module(VERBS[verb][0]).main(rest)
     return status

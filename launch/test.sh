@@ -1,12 +1,34 @@
 #!/usr/bin/env bash
-# Everything CI runs: installs what it needs, then checks, tests, and the wheel in a clean
-# environment. Arguments go to pytest:  bash launch/test.sh -k order
+# Everything CI runs: checks, tests, and the wheel in a clean environment. Installs what it needs.
+#   bash launch/test.sh              all of it
+#   bash launch/test.sh -k order     arguments go to pytest; the wheel is left out
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
 install_into_venv dev
 
+say() { printf '\n== %s\n' "$*"; }
+
+say "Checks"
 ruff check .
 ruff format --check .
 mypy
+
+if [ $# -eq 0 ]; then
+    say "The wheel, in a clean environment"
+    clean=$(mktemp -d)
+    trap 'rm -rf "$clean"' EXIT
+    python -m build --wheel --outdir "$clean" . >"$clean/build.log" || { cat "$clean/build.log"; exit 1; }
+    python -m venv "$clean/venv"
+    "$clean/venv/bin/pip" install --quiet --disable-pip-version-check "$clean"/*.whl
+    (
+        cd "$clean"
+        venv/bin/python -W error -c 'import launch.cli, pipeline.train, pipeline.report, shards.pack'
+        venv/bin/pixloom --help >/dev/null
+        venv/bin/pip check
+    )
+    rm -rf "$clean/venv"
+fi
+
+say "Tests"
 python -m pytest "$@"
