@@ -93,8 +93,12 @@ class OptimConfig:
     """adamw, or sgd with momentum 0.9"""
     lr: float = 1e-3
     """peak learning rate"""
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """after the warm-up: stay, or decay to 0 at the last step"""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """after the warm-up: stay; decay to 0 at the last step; or stay, then decay (wsd)"""
+    decay_steps: int = 0
+    """wsd: steps of linear decay to 0 at the end"""
+    beta2: float = 0.999
+    """adamw: decay of the running mean of squared gradients, in [0, 1)"""
     warmup_steps: int = 0
     """steps of linear warm-up from 0"""
     weight_decay: float = 0.01
@@ -108,6 +112,9 @@ class OptimConfig:
         if not self.lr > 0:
             raise ValueError(f"optim.lr = {self.lr}: must be above 0")
         _at_least("optim.warmup_steps", self.warmup_steps, 0)
+        _at_least("optim.decay_steps", self.decay_steps, 0)
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"optim.beta2 = {self.beta2}: must be in [0, 1)")
         _at_least("optim.weight_decay", self.weight_decay, 0)
         _at_least("optim.clip_norm", self.clip_norm, 0)
 

@@ -9,7 +9,10 @@ from pipeline.config import OptimConfig
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
-    """Linear warm-up to `config.lr`, then the schedule, which ends at 0 after the last step."""
+    """Linear warm-up to `config.lr`, then the schedule; one that decays is at 0 after the last step.
+
+    `wsd` is warm-up, stable, decay (Hu et al., 2024, arXiv:2404.06395).
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     left = 1 - (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
@@ -20,6 +23,8 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
             return config.lr * left
         case "cosine":
             return config.lr * 0.5 * (1 - math.cos(math.pi * left))
+        case "wsd":
+            return config.lr * min(1.0, (total_steps - step) / max(1, config.decay_steps))
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -32,4 +37,4 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     ]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))

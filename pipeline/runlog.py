@@ -60,8 +60,12 @@ class RunLog:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        shown = {k: v for k, v in row.items() if k not in ("step", "order_digest") and v != 0}
-        cells = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+        quiet = {name for name in ("epoch", "skipped_steps", "bad_samples") if not row.get(name)}
+        cells = [
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in row.items()
+            if name not in quiet | {"step", "order_digest"}
+        ]
         self.say(f"step {row['step']}/{of}  {'  '.join(cells)}")
 
 

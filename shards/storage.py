@@ -28,7 +28,9 @@ def command(verb: str, action: Callable[[], int]) -> int:
     try:
         return action()
     except (UserError, FormatError) as error:
-        print(f"pixloom {verb}: error: {error}", file=sys.stderr)
+        # Under a launcher all processes of a machine fail alike: the first one says why.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"pixloom {verb}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"pixloom {verb}: interrupted", file=sys.stderr)

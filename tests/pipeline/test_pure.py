@@ -31,15 +31,15 @@ def test_permutations_are_permutations(key: int, count: int) -> None:
     assert sorted(rng.permutation(key, count).tolist()) == list(range(count))
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
 def test_learning_rate_warms_up_and_decays(schedule: str) -> None:
-    config = OptimConfig(lr=2.0, warmup_steps=10, schedule=schedule)  # type: ignore[arg-type]
+    config = OptimConfig(lr=2.0, warmup_steps=10, schedule=schedule, decay_steps=50)  # type: ignore[arg-type]
     rates = [learning_rate(step, config, 110) for step in range(110)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10] == 2.0
-    assert rates[60] == pytest.approx(2.0 if schedule == "constant" else 1.0)
+    assert rates[60] == pytest.approx(1.0 if schedule in ("linear", "cosine") else 2.0)
     assert rates[109] == pytest.approx(
-        {"constant": 2.0, "linear": 0.02, "cosine": 0.0}[schedule], abs=1e-3
+        {"constant": 2.0, "linear": 0.02, "cosine": 0.0, "wsd": 0.04}[schedule], abs=1e-3
     )
 
 

@@ -1,0 +1,46 @@
+"""A mistake ends every rank at once, with one line: nobody waits in a collective for the others."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch.micro_size", 4], "3 processes, but batch.global_size / batch.micro_size = 2"),
+        (["--data.url", "/nowhere"], "/nowhere: no such directory"),
+    ],
+)
+def test_a_mistake_is_said_once_and_nobody_hangs(
+    flags: list[object],
+    message: str,
+    start: Callable[..., Any],
+    make_config: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    words = ["--config", make_config("run"), "--run.dir", tmp_path / "run", *flags]
+    job = start("pipeline.train", *words, world_size=3)
+    assert job.wait(60) == [2, 2, 2], job.output()
+    lines = [line for log in job.logs for line in log.read_text().splitlines()]
+    assert len(lines) == 1, lines
+    assert message in lines[0]
+
+
+def test_damage_on_one_rank_stops_all(
+    start: Callable[..., Any], make_config: Callable[..., Path], screens: Path, tmp_path: Path
+) -> None:
+    """Only the rank that reads a damaged sample sees it; all of them stop, and it is named."""
+    shard = screens / "train" / "000001.tar"
+    body = shard.read_bytes()
+    try:
+        shard.write_bytes(body[: len(body) // 2] + b"\xff" * 64 + body[len(body) // 2 + 64 :])
+        words = ["--config", make_config("run"), "--run.dir", tmp_path / "run"]
+        job = start("pipeline.train", *words, world_size=2)
+        assert job.wait(120) == [2, 2], job.output()
+    finally:
+        shard.write_bytes(body)
+    assert "train/000001.tar train-" in job.output()
+    assert job.output().count("data.max_bad allows 0") == 1
