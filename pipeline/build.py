@@ -4,6 +4,8 @@ Everything that does not fit together (sizes, splits, a model without a vocabula
 here, in one line, before a process group exists.
 """
 
+import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,20 +14,21 @@ from torch import nn
 
 from pipeline import checkpoint
 from pipeline.config import Config
-from pipeline.models import build_model
+from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.order import Order
 from pipeline.rng import torch_seed
 from pipeline.stream import BatchDataset, SampleReader
+from pipeline.tasks import Task
 from shards.format import Manifest
 from shards.storage import UserError
 
 
-def order_of(config: Config, manifest: Manifest) -> Order:
-    """The training order. Raises `UserError` when the sizes do not fit the dataset."""
+def order_of(config: Config, manifest: Manifest, world_size: int = 1) -> Order:
+    """The training order. Raises `UserError` when sizes do not fit the dataset or the ranks."""
     if "train" not in manifest.splits:
         raise UserError(f"{config.data.url}: has no split `train`; pack with --split train=...")
     try:
-        return Order(
+        order = Order(
             [shard.samples for shard in manifest.splits["train"]],
             seed=config.run.seed,
             global_size=config.batch.global_size,
@@ -33,22 +36,35 @@ def order_of(config: Config, manifest: Manifest) -> Order:
             lanes=config.data.lanes,
             window=config.data.window,
         )
+        order.micros_of(0, world_size)
     except ValueError as error:
         raise UserError(f"{config.data.url}: {error}") from error
+    return order
 
 
-def open_split(root: str, manifest: Manifest, split: str, *, seed: int = 0) -> BatchDataset:
-    """The samples of one split. Raises `UserError` when there is none or sizes vary."""
+def open_split(
+    config: Config, manifest: Manifest, split: str, *, root: str | None = None
+) -> BatchDataset:
+    """The samples of one split, of the run's dataset or of another one at `root`.
+
+    Raises:
+        UserError: there is no such split, or its images differ in size.
+    """
+    root = root or config.data.url
     if split not in manifest.splits:
         raise UserError(f"{root}: no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
     image = manifest.image
     if image.width is None or image.height is None:
         raise UserError(f"{root}: images differ in size; pack the dataset with --size WxH to train")
+    # A lane reads a window's samples at random: all its shards stay open, in every lane.
+    lanes = config.data.lanes or 8
+    mean_samples = manifest.num_samples(split) / len(manifest.splits[split])
+    open_shards = lanes * (2 + math.ceil(config.data.window / mean_samples))
     return BatchDataset(
-        SampleReader(root, manifest.splits[split]),
+        SampleReader(root, manifest.splits[split], open_shards=open_shards),
         image_CHW=(image.channels, image.height, image.width),
         with_tokens=manifest.kind == "pairs",
-        seed=seed,
+        seed=config.run.seed,
     )
 
 
@@ -58,9 +74,16 @@ def new_model(config: Config, manifest: Manifest) -> nn.Module:
     Raises:
         UserError: the model cannot be trained on this dataset.
     """
-    image = manifest.image
+    image, tokenizer = manifest.image, manifest.tokenizer
     assert image.height is not None
     assert image.width is not None
+    if isinstance(config.model, Seq2SeqConfig) and tokenizer is not None:
+        longest = tokenizer.longest - 2  # <bos> and <eos>
+        if longest > config.model.max_tokens:
+            raise UserError(
+                f"{config.data.url}: has codes of {longest} tokens, and model.max_tokens = "
+                f"{config.model.max_tokens} would cut them short; raise it"
+            )
     torch.manual_seed(torch_seed(config.run.seed, "weights"))
     try:
         model = build_model(
@@ -68,7 +91,7 @@ def new_model(config: Config, manifest: Manifest) -> nn.Module:
             image_channels=image.channels,
             image_height=image.height,
             image_width=image.width,
-            vocab_size=manifest.tokenizer.vocab_size if manifest.tokenizer else None,
+            vocab_size=tokenizer.vocab_size if tokenizer else None,
         )
     except ValueError as error:
         raise UserError(f"{config.data.url}: {error}") from error
@@ -90,8 +113,21 @@ def dtype_of(config: Config) -> torch.dtype:
 def new_accelerator(config: Config) -> Accelerator:
     """Joins the process group, if the launcher made one."""
     precision = config.optim.precision
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("optim.precision = fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    # Models have no buffers that change, so there is nothing to send before a forward pass; the
+    # argument's successor has another name and does not exist in every supported torch.
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
     return Accelerator(
         mixed_precision=precision if precision in ("bf16", "fp16") else "no",
-        # Models have no buffers that change, so there is nothing to send before a forward pass.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+
+
+def check_metric(config: Config, task: Task) -> None:
+    """Raises `UserError` when validate.metric is none of the task's metrics."""
+    names = task.metrics([1.0] * len(task.columns))
+    if config.validate.metric and config.validate.metric not in names:
+        raise UserError(
+            f"validate.metric = {config.validate.metric}: choose one of {', '.join(names)}"
+        )

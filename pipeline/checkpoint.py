@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -75,10 +74,7 @@ class Meta:
 
 def committed(directory: Path) -> list[Path]:
     """The committed checkpoints of a run, oldest first. Nothing is verified."""
-    if not directory.is_dir():
-        return []
-    found = [path for path in directory.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted((path for path in found if (path / COMMIT_NAME).is_file()), key=step_of)
+    return [path for path in _folders(directory) if (path / COMMIT_NAME).is_file()]
 
 
 def path_of(directory: Path, step: int) -> Path:
@@ -89,19 +85,20 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def verify(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, a line each; empty when every hash matches."""
-    commit = checkpoint / COMMIT_NAME
+def verify(checkpoint: Path, names: Sequence[str] | None = None) -> list[str]:
+    """What is wrong with a checkpoint, a line each; empty when every hash matches.
+
+    With `names`, only these of its files are read.
+    """
     try:
-        body = json.loads(commit.read_text(encoding="utf-8"))
-        files = {str(name): str(entry["sha256"]) for name, entry in body["files"].items()}
-        if body["digest"] != _digest_of(body):
-            return [f"{commit}: its own digest does not match"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{commit}: cannot be read ({error!r})"]
+        files = _committed_files(checkpoint)
+    except UserError as error:
+        return [str(error)]
     problems = []
     for name, sha256 in files.items():
         path = checkpoint / name
+        if names is not None and name not in names:
+            continue
         if not path.is_file():
             problems.append(f"{path}: missing")
         elif _sha256(path) != sha256:
@@ -141,12 +138,11 @@ def save(directory: Path, tensors: Mapping[str, Tensor], meta: Meta, ranks: Rank
         f"tensors-{rank:05d}-of-{ranks.world_size:05d}.safetensors"
         for rank in range(ranks.world_size)
     ]
-    owned = partition({name: _num_bytes(t) for name, t in tensors.items()}, ranks.world_size)[
-        ranks.rank
-    ]
+    sizes = {name: _num_bytes(tensor) for name, tensor in tensors.items()}
+    owned = partition(sizes, ranks.world_size)[ranks.rank]
     own_path = checkpoint / names[ranks.rank]
     save_file({name: tensors[name].detach().cpu().contiguous() for name in owned}, own_path)
-    _fsync(own_path)
+    storage.sync(own_path)
     # Each rank sends its file's hash by adding it to zeros: no file is read twice, no pickle sent.
     hashes = torch.zeros(ranks.world_size, 32, dtype=torch.int64)
     hashes[ranks.rank] = torch.tensor(list(bytes.fromhex(_sha256(own_path))))
@@ -154,7 +150,7 @@ def save(directory: Path, tensors: Mapping[str, Tensor], meta: Meta, ranks: Rank
     if ranks.is_main:
         state_path = checkpoint / STATE_NAME
         state_path.write_text(meta.to_json(), encoding="utf-8")
-        _fsync(state_path)
+        storage.sync(state_path)
         sha256 = {name: bytes(row).hex() for name, row in zip(names, hashes.tolist(), strict=True)}
         sha256[STATE_NAME] = _sha256(state_path)
         files = {
@@ -168,8 +164,8 @@ def save(directory: Path, tensors: Mapping[str, Tensor], meta: Meta, ranks: Rank
             "files": files,
         }
         body["digest"] = _digest_of(body)
-        _fsync(checkpoint)
-        _fsync(directory)
+        storage.sync(checkpoint)
+        storage.sync(directory)
         storage.publish_text(json.dumps(body, indent=1) + "\n", str(checkpoint / COMMIT_NAME))
     ranks.barrier()
     return checkpoint
@@ -183,7 +179,8 @@ def choose(run: Path, which: str) -> Path:
     if which == "last":
         chosen = found[-1]
     elif which == "best":
-        best = Meta.read(found[-1]).state.best_step
+        intact = [path for path in found if not verify(path, [STATE_NAME])]
+        best = Meta.read(intact[-1]).state.best_step if intact else None
         chosen = next((path for path in found if step_of(path) == best), found[-1])
     else:
         matching = [path for path in found if which == str(step_of(path))]
@@ -197,18 +194,26 @@ def choose(run: Path, which: str) -> Path:
     return chosen
 
 
-def prune(directory: Path, keep_last: int, best_step: int | None) -> None:
-    """Deletes all committed checkpoints but the newest `keep_last` and the best one."""
-    for checkpoint in committed(directory)[:-keep_last]:
-        if step_of(checkpoint) != best_step:
+def prune(directory: Path, step: int, keep_last: int, best_step: int | None) -> None:
+    """Clears what a run at `step` needs no more, and what killed saves and prunes left.
+
+    Kept are the newest `keep_last` committed checkpoints up to `step`, the best one, and all
+    newer ones: a run that fell back to an older checkpoint will write those again.
+    """
+    kept = [path for path in committed(directory) if step_of(path) <= step][-keep_last:]
+    for checkpoint in _folders(directory):
+        if step_of(checkpoint) > step or checkpoint in kept:
+            continue
+        if step_of(checkpoint) != best_step or not (checkpoint / COMMIT_NAME).is_file():
             _remove(checkpoint)
 
 
 def load_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, on the CPU, whatever the number of ranks that wrote it."""
     tensors: dict[str, Tensor] = {}
-    for path in sorted(checkpoint.glob("tensors-*.safetensors")):
-        tensors.update(load_file(path))
+    for name in _committed_files(checkpoint):
+        if name.endswith(".safetensors"):
+            tensors.update(load_file(checkpoint / name))
     return tensors
 
 
@@ -265,19 +270,31 @@ def partition(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
     return lists
 
 
+def _folders(directory: Path) -> list[Path]:
+    """Checkpoints, committed or not, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=step_of)
+
+
+def _committed_files(checkpoint: Path) -> dict[str, str]:
+    """The files that COMMIT.json names, with their SHA-256. Raises `UserError`."""
+    path = checkpoint / COMMIT_NAME
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        if body["digest"] != _digest_of(body):
+            raise UserError(f"{path}: its own digest does not match")
+        return {str(name): str(entry["sha256"]) for name, entry in body["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read ({error!r})") from error
+
+
 def _remove(checkpoint: Path) -> None:
     """Takes back the commit first: a kill in between leaves no checkpoint that looks whole."""
     (checkpoint / COMMIT_NAME).unlink(missing_ok=True)
-    _fsync(checkpoint)
+    storage.sync(checkpoint)
     shutil.rmtree(checkpoint)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:
@@ -302,13 +319,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("action", choices=["ls", "verify"])
     parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    arguments = parser.parse_args(argv)
+    return storage.command("checkpoint", lambda: _list(parser.parse_args(argv)))
+
+
+def _list(arguments: argparse.Namespace) -> int:
     found = committed(arguments.run / "checkpoints")
     if not found:
-        print(
-            f"pixloom checkpoint: error: {arguments.run}: no committed checkpoint", file=sys.stderr
-        )
-        return 2
+        raise UserError(f"{arguments.run}: no committed checkpoint")
     rows = []
     for checkpoint in found:
         problems = verify(checkpoint) if arguments.action == "verify" else []

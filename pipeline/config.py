@@ -13,6 +13,7 @@ import functools
 import inspect
 import itertools
 import json
+import math
 import textwrap
 import tomllib
 import typing
@@ -36,7 +37,7 @@ class RunConfig:
     epochs: int = 0
     """epochs to train; 0: use run.steps"""
     resume: str = "auto"
-    """auto: newest checkpoint that verifies; never: refuse a folder with checkpoints; or a path"""
+    """auto: newest checkpoint that verifies; never: refuse a folder with any; or a PATH"""
     max_time_s: float = 0.0
     """seconds after which to finish the step, save and stop; 0: no limit"""
     deterministic: bool = False
@@ -65,7 +66,7 @@ class DataConfig:
     shift_px: int = 0
     """augmentation: move each training image by up to so many pixels along both axes"""
     max_bad: int = 0
-    """damaged samples (their place is kept, with weight 0) to accept before the run stops"""
+    """damaged training samples (each keeps its place, with weight 0) before the run stops"""
 
     def __post_init__(self) -> None:
         _at_least("data.lanes", self.lanes, 0)
@@ -109,8 +110,10 @@ class OptimConfig:
     """bf16, fp16: autocast; fp64: everything, for proofs"""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"optim.lr = {self.lr}: must be above 0")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"optim.lr = {self.lr}: must be above 0 and finite")
+        if (self.schedule == "wsd") != (self.decay_steps > 0):
+            raise ValueError("optim.decay_steps: belongs to optim.schedule = wsd, which needs it")
         _at_least("optim.warmup_steps", self.warmup_steps, 0)
         _at_least("optim.decay_steps", self.decay_steps, 0)
         if not 0 <= self.beta2 < 1:
@@ -227,7 +230,9 @@ def config_from(arguments: argparse.Namespace) -> Config:
         value = getattr(arguments, key)
         if value is not None:
             section, name = key.split(".")
-            sections.setdefault(section, {})[name] = _Flag(value)
+            body = sections.setdefault(section, {})
+            if isinstance(body, dict):  # else `config_of` names the section
+                body[name] = _Flag(value)
     return config_of(sections, arguments.config or "flags")
 
 
@@ -256,7 +261,8 @@ def config_of(sections: Mapping[str, Any], where: str) -> Config:
         if not isinstance(body, Mapping):
             raise UserError(f"{where}: {section} is a section; write [{section}]")
     name = sections.get("model", {}).get("name", "seq2seq")
-    model = _MODELS.get(name.text if isinstance(name, _Flag) else name)
+    name = name.text if isinstance(name, _Flag) else name
+    model = _MODELS.get(name) if isinstance(name, str) else None
     if model is None:
         raise UserError(f"{where}: model.name = {name!r}: choose one of {', '.join(_MODELS)}")
     kinds = {**_SECTIONS, "model": model}
@@ -282,7 +288,7 @@ def to_toml(config: Config) -> str:
     for section, body in to_dict(config).items():
         lines += [
             f"[{section}]",
-            *(f"{name} = {json.dumps(value)}" for name, value in body.items()),
+            *(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()),
         ]
         lines.append("")
     return "\n".join(lines)
@@ -402,5 +408,5 @@ def _shown(default: object) -> str:
 
 
 def _at_least(key: str, value: float, least: float) -> None:
-    if not value >= least:
+    if not least <= value < math.inf:
         raise ValueError(f"{key} = {value}: must be at least {least}")

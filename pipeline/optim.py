@@ -9,7 +9,7 @@ from pipeline.config import OptimConfig
 
 
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
-    """Linear warm-up to `config.lr`, then the schedule; one that decays is at 0 after the last step.
+    """Linear warm-up to `config.lr`, then the schedule; a decay reaches 0 after the last step.
 
     `wsd` is warm-up, stable, decay (Hu et al., 2024, arXiv:2404.06395).
     """

@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import rng
+from shards import storage
+from shards.storage import UserError
 
 DIGEST_START = "0" * 32
 """`order_digest` before the first step."""
@@ -196,10 +198,8 @@ def fold_digest(order_digest: str, step_hash: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`pixloom order`: what a run sees at a step, computed from its configuration alone."""
-    from pipeline.build import order_of
-    from pipeline.config import add_config_flags, config_from, parse_flags
-    from pipeline.stream import SampleReader
-    from shards.storage import UserError, load_manifest
+    # Here, not above: the modules that the command needs are built on this one.
+    from pipeline.config import add_config_flags, parse_flags
 
     parser = argparse.ArgumentParser(
         prog="pixloom order", description="Print the sample keys of one step, in order."
@@ -212,27 +212,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     add_config_flags(parser)
-    try:
-        arguments = parse_flags(parser, argv)
-        if arguments.step < 0:
-            raise UserError(f"--step {arguments.step}: steps count from 0")
-        config = config_from(arguments)
-        manifest = load_manifest(config.data.url)
-        order = order_of(config, manifest)
-        reader = SampleReader(config.data.url, manifest.splits["train"])
+    return storage.command("order", lambda: _print_step(parse_flags(parser, argv)))
 
-        def keys_of(step: int) -> list[str]:
-            ids = order.samples_of(step)
-            return [reader.key(*at) for at in zip(ids.shard_G, ids.index_G, strict=True)]
 
-        keys = keys_of(arguments.step)
-        digest = DIGEST_START
-        for step in range(arguments.step + 1 if arguments.digest else 0):
-            hashes = [sample_hash(place, key) for place, key in enumerate(keys_of(step))]
-            digest = fold_digest(digest, sum(hashes))
-    except (UserError, ValueError) as error:
-        print(f"pixloom order: error: {error}", file=sys.stderr)
-        return 2
+def _print_step(arguments: argparse.Namespace) -> int:
+    from pipeline.build import order_of
+    from pipeline.config import config_from
+    from pipeline.stream import SampleReader
+
+    if arguments.step < 0:
+        raise UserError(f"--step {arguments.step}: steps count from 0")
+    if arguments.config is None:  # neither reaches the order
+        setattr(arguments, "run.dir", getattr(arguments, "run.dir") or ".")
+        setattr(arguments, "run.steps", getattr(arguments, "run.steps") or "1")
+    config = config_from(arguments)
+    manifest = storage.load_manifest(config.data.url)
+    order = order_of(config, manifest)
+    reader = SampleReader(config.data.url, manifest.splits["train"])
+
+    def keys_of(step: int) -> list[str]:
+        ids = order.samples_of(step)
+        return [reader.key(*at) for at in zip(ids.shard_G, ids.index_G, strict=True)]
+
+    keys = keys_of(arguments.step)
+    digest = DIGEST_START
+    for step in range(arguments.step + 1 if arguments.digest else 0):
+        hashes = [sample_hash(place, key) for place, key in enumerate(keys_of(step))]
+        digest = fold_digest(digest, sum(hashes))
     if arguments.json:
         epoch, place = order.epoch_of(arguments.step)
         body = {"step": arguments.step, "epoch": epoch, "step_of_epoch": place, "keys": keys}

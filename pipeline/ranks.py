@@ -4,12 +4,30 @@ Counts, digests, flags and metric rows go this way, so that none of them waits f
 shares a stream with the gradients. One process talks to itself.
 """
 
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from shards.format import FormatError
+from shards.storage import UserError
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """For errors that all processes meet alike: the first one of a machine says it, all end."""
+    try:
+        yield
+    except (UserError, FormatError):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        sys.exit(2)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline import checkpoint
 from pipeline.batch import Batch
-from pipeline.build import load_model, open_split
+from pipeline.build import dtype_of, load_model, open_split
 from pipeline.config import config_of, read_toml
 from pipeline.decode import greedy
 from pipeline.metrics import HIGHER_IS_BETTER
@@ -44,7 +44,7 @@ def draw(run: Path, split: str, which: str, out: Path) -> None:
     manifest = storage.load_manifest(config.data.url)
     chosen = checkpoint.choose(run, which)
     model = load_model(config, manifest, chosen).eval()
-    dataset = open_split(config.data.url, manifest, split)
+    dataset = open_split(config, manifest, split)
     counts = [shard.samples for shard in dataset.reader.shards]
     ids = next(validation_batches(counts, _SAMPLES))
     batch = dataset[BatchPlan(step=0, micro=0, epoch=0, first_place=0, ids=ids)]
@@ -54,7 +54,7 @@ def draw(run: Path, split: str, which: str, out: Path) -> None:
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 2.4))
     metric = config.validate.metric or build_task(config.model).metric
     _draw_curves(upper, rows, metric)
-    images = prepare_images(batch, torch.float32)
+    images = prepare_images(batch, dtype_of(config))
     with torch.inference_mode():
         if isinstance(model, Seq2Seq):
             codes = greedy(model, images, config.model.max_tokens)  # type: ignore[union-attr]

@@ -3,12 +3,15 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, to_toml
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, said_once
+from pipeline.state import TrainState
 from shards import storage
+from shards.storage import UserError
 
 
 class RunLog:
@@ -38,6 +41,24 @@ class RunLog:
     def warn(self, line: str) -> None:
         """A line from whichever rank has something to tell."""
         print(f"pixloom: warning: {line}", file=sys.stderr, flush=True)
+
+    def account_for_bad(
+        self, state: TrainState, own: Sequence[str], num_bad: int, max_bad: int
+    ) -> None:
+        """Names this rank's samples of weight 0, and counts those of all ranks in `state`.
+
+        Raises:
+            UserError: more than `max_bad`; on all ranks alike.
+        """
+        for line in own:
+            self.warn(f"{line}; its place in step {state.step} has weight 0")
+        state.bad_samples += num_bad
+        if num_bad and state.bad_samples > max_bad:
+            with said_once():
+                raise UserError(
+                    f"{state.bad_samples} damaged samples (named above), data.max_bad allows "
+                    f"{max_bad}; see `pixloom verify --deep`"
+                )
 
     def count(self, samples: int, wait_s: float) -> None:
         """Adds a step's samples and the seconds spent waiting for them."""

@@ -1,8 +1,7 @@
-"""What a run remembers besides tensors: one step and what was seen up to it, as JSON."""
+"""What a run remembers besides tensors: one step and what was seen up to it."""
 
-import dataclasses
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from pipeline.order import DIGEST_START
 
@@ -22,11 +21,5 @@ class TrainState:
     best_metric: float | None = None
     stale_validations: int = 0
     """validations since the best one"""
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "TrainState":
-        """Raises ValueError or TypeError when the text is of another form."""
-        return cls(**json.loads(text))
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    """fp16: state of the gradient scaler, numbers only"""

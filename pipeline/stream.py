@@ -8,6 +8,7 @@ mean is `pipeline.batch`'s business.
 import functools
 import itertools
 import os
+import signal
 import time
 import zlib
 from collections import OrderedDict
@@ -22,12 +23,11 @@ from pipeline import rng
 from pipeline.batch import Batch, RawSample, SampleError, assemble
 from pipeline.order import Order, SampleIds
 from shards import storage
-from shards.format import Receipt, SampleSpan, ShardEntry, parse_index
+from shards.format import FormatError, Receipt, SampleSpan, ShardEntry, parse_index
 from shards.storage import UserError
 
-# Shards held open (and whose index is held) by one reader at a time: an order reads `lanes`
-# shards side by side, and a lane that crosses a border needs two.
-_OPEN_SHARDS = 64
+# File descriptors of one reader; a process may usually have 1024.
+_MAX_FILES = 256
 
 
 class SampleReader:
@@ -37,15 +37,17 @@ class SampleReader:
     number of shards. May be used after a fork and pickled to a spawned worker.
     """
 
-    def __init__(self, root: str, shards: Sequence[ShardEntry]) -> None:
+    def __init__(self, root: str, shards: Sequence[ShardEntry], *, open_shards: int = 64) -> None:
         self.root = root
         self.shards = tuple(shards)
+        self.open_shards = open_shards
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._spans = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._read_index)
-        self._receipt = functools.lru_cache(maxsize=_OPEN_SHARDS)(self._read_receipt)
+        self._spans = functools.lru_cache(maxsize=open_shards)(self._read_index)
+        self._receipt = functools.lru_cache(maxsize=open_shards)(self._read_receipt)
 
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[ShardEntry, ...]]]:
-        return SampleReader, (self.root, self.shards)
+    def __reduce__(self) -> tuple[Any, tuple[str, tuple[ShardEntry, ...]]]:
+        new = functools.partial(SampleReader, open_shards=self.open_shards)
+        return new, (self.root, self.shards)
 
     def __del__(self) -> None:
         for descriptor in self._files.values():
@@ -82,7 +84,7 @@ class SampleReader:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        while len(self._files) >= _OPEN_SHARDS:
+        while len(self._files) >= min(self.open_shards, _MAX_FILES):
             os.close(self._files.popitem(last=False)[1])
         path = storage.local_path(storage.join(self.root, self.shards[shard].name))
         self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -138,6 +140,11 @@ class BatchDataset(Dataset[Batch]):
         self.with_tokens = with_tokens
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
+        """Reads and decodes one batch.
+
+        Raises:
+            UserError, FormatError: an index or a receipt is missing or damaged.
+        """
         samples: list[RawSample | SampleError] = []
         augment_keys = []
         for shard, index in zip(plan.ids.shard_G.tolist(), plan.ids.index_G.tolist(), strict=True):
@@ -181,25 +188,55 @@ class TrainPlans(Sampler[BatchPlan]):
 
 def make_loader(
     dataset: BatchDataset, plans: Sampler[BatchPlan] | list[BatchPlan], *, workers: int, pin: bool
-) -> "DataLoader[Batch]":
-    """A loader that yields one `Batch` a plan, in the plans' order.
+) -> Iterator[Batch]:
+    """One `Batch` a plan, in the plans' order.
 
-    `generator` is given so that iterating never draws from the global random state, which would
-    make dropout depend on when a loader was started.
+    Raises:
+        UserError, FormatError: as `BatchDataset` does, from a worker too.
     """
-    return DataLoader(
-        dataset,
+    loader: DataLoader[Batch | Exception] = DataLoader(
+        _Answers(dataset),
         batch_size=None,
         sampler=plans,
         num_workers=workers,
         pin_memory=pin,
         collate_fn=_as_is,
+        worker_init_fn=_leave_signals_to_the_parent,
+        # Given so that iterating never draws from the global random state, which would make
+        # dropout depend on when a loader was started.
         generator=torch.Generator(),
     )
+    for answer in loader:
+        if isinstance(answer, Exception):
+            raise answer
+        yield answer
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
+class _Answers(Dataset[Batch | Exception]):
+    """Hands errors of the user's from a worker to its parent as values: the loader itself would
+    wrap them into a traceback."""
+
+    def __init__(self, dataset: BatchDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, plan: BatchPlan) -> Batch | Exception:
+        try:
+            return self.dataset[plan]
+        except (UserError, FormatError) as error:
+            return error
+
+
+def _as_is(answer: Any) -> Any:
+    return answer
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """SIGTERM to a whole job must reach the step's end: the parent stops, and its workers with it.
+
+    Otherwise a worker dies of the signal, and the run with it, before anything is saved.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def grouped(loader: Iterable[Batch], size: int) -> Generator[tuple[list[Batch], float]]:

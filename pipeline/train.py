@@ -25,30 +25,21 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from pipeline import __version__, checkpoint
+from pipeline import __version__, build, checkpoint, resume
 from pipeline.batch import Batch
-from pipeline.build import dtype_of, new_accelerator, new_model, open_split, order_of
-from pipeline.config import (
-    Config,
-    add_config_flags,
-    config_from,
-    parse_flags,
-    to_dict,
-)
+from pipeline.config import Config, add_config_flags, config_from, parse_flags, to_dict
 from pipeline.metrics import is_better
 from pipeline.optim import build_optimizer, learning_rate
 from pipeline.order import Order, fold_digest
-from pipeline.ranks import Ranks
-from pipeline.resume import check_resumable, find_checkpoint
+from pipeline.ranks import Ranks, said_once
 from pipeline.rng import torch_seed
 from pipeline.runlog import RunLog
 from pipeline.state import TrainState
 from pipeline.stop import EXIT_REQUEUE, StopRequest
 from pipeline.stream import BatchDataset, TrainPlans, grouped, make_loader
 from pipeline.tasks import Task, build_task
-from pipeline.validate import evaluate
+from pipeline.validate import BadSamplesError, evaluate
 from shards import storage
-from shards.storage import UserError
 
 
 @dataclass
@@ -72,6 +63,7 @@ class Run:
     state: TrainState
     log: RunLog
     data_digest: str
+    lock: int | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,36 +99,37 @@ def setup(config: Config) -> Run:
     What the user can have got wrong is checked before a process group exists: an error on one
     rank alone would leave the others waiting.
     """
-    manifest = storage.load_manifest(config.data.url)
-    order = order_of(config, manifest)
-    try:
-        order.micros_of(0, int(os.environ.get("WORLD_SIZE", "1")))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    train_data = open_split(config.data.url, manifest, "train", seed=config.run.seed)
-    val_data = open_split(config.data.url, manifest, "val") if "val" in manifest.splits else None
-    check_resumable(config, manifest)
+    with said_once():
+        manifest = storage.load_manifest(config.data.url)
+        order = build.order_of(config, manifest, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        train_data = build.open_split(config, manifest, "train")
+        val_data = build.open_split(config, manifest, "val") if "val" in manifest.splits else None
+        model = build.new_model(config, manifest)
+        task = build_task(config.model, build.dtype_of(config))
+        build.check_metric(config, task)
+        resume.check_resumable(config, manifest)
 
-    accelerator = new_accelerator(config)
+    accelerator = build.new_accelerator(config)
     ranks = Ranks.of_run()
-    if config.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    model = new_model(config, manifest).to(accelerator.device)
-    optimizer = build_optimizer(model, config.optim)
-    state = TrainState()
     log = RunLog(Path(config.run.dir), ranks)
-    found = find_checkpoint(config, ranks, log)
-    if found is not None:
-        checkpoint.restore(model, optimizer, checkpoint.load_tensors(found))
-        state = checkpoint.Meta.read(found).state
+    with said_once():
+        lock = resume.lock_run(Path(config.run.dir), ranks)
+        found = resume.find_checkpoint(config, ranks, log)
+    model.to(accelerator.device)
+    optimizer = build_optimizer(model, config.optim)
     wrapped, wrapped_optimizer = accelerator.prepare(model, optimizer)
+    state = TrainState()
+    if found is not None:
+        state = checkpoint.Meta.read(found).state
+        checkpoint.restore(model, optimizer, checkpoint.load_tensors(found))
+        if accelerator.scaler is not None and state.loss_scale:
+            accelerator.scaler.load_state_dict(state.loss_scale)
     total_steps = config.run.steps or config.run.epochs * order.steps_per_epoch
     run = Run(
         config=config, data_digest=manifest.data_digest, order=order, total_steps=total_steps,
-        train_data=train_data, val_data=val_data, accelerator=accelerator, ranks=ranks,
-        task=build_task(config.model, dtype_of(config)), model=model, wrapped=wrapped,
-        optimizer=optimizer, wrapped_optimizer=wrapped_optimizer, state=state, log=log,
+        train_data=train_data, val_data=val_data, accelerator=accelerator, ranks=ranks, task=task,
+        model=model, wrapped=wrapped, optimizer=optimizer, wrapped_optimizer=wrapped_optimizer,
+        state=state, log=log, lock=lock,
     )  # fmt: skip
     log.start(config, state.step)
     log.say(
@@ -159,23 +152,19 @@ def fit(run: Run) -> bool:
     settle_buckets(run)
     validate_every = config.validate.every_steps or order.steps_per_epoch
     save_every = config.checkpoint.every_steps or order.steps_per_epoch
-    stopping = False
     run.wrapped.train()
     with stop.listening(), contextlib.closing(grouped(loader, len(micros))) as steps:
         for batches, wait_s in steps:
+            if has_converged(run):
+                return False
             stopping = train_step(run, batches, wait_s, stop)
             last = state.step == run.total_steps
+            improved = False
             if run.val_data is not None and (last or state.step % validate_every == 0):
                 improved = validate(run, run.val_data)
-                patience = config.validate.patience
-                exhausted = 0 < patience <= state.stale_validations
-            else:
-                improved = exhausted = False
-            if last or improved or stopping or exhausted or state.step % save_every == 0:
+            due = last or improved or stopping or state.step % save_every == 0
+            if due or has_converged(run):
                 save(run)
-            if exhausted:
-                run.log.say(f"no better metric in {patience} validations: stopping early")
-                return False
             if stopping and not last:
                 run.log.say(f"stopped after step {state.step}, saved; start again to go on")
                 return True
@@ -193,7 +182,8 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float, stop: StopRequ
         sum(len(batch.bad) for batch in batches),
         int(stop.requested),
     )
-    account_for_bad(run, batches, num_bad)
+    bad = [line for batch in batches for line in batch.bad]
+    run.log.account_for_bad(state, bad, num_bad, config.data.max_bad)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for place, batch in enumerate(batches):
         # Dropout depends on the microbatch, never on the process that computes it.
@@ -212,7 +202,7 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float, stop: StopRequ
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     finite = bool(torch.isfinite(grad_norm))
-    if finite or config.optim.precision == "fp16":  # fp16's scaler must see overflows itself
+    if finite or accelerator.scaler is not None:  # fp16's scaler must see overflows itself
         run.wrapped_optimizer.step()
     run.wrapped_optimizer.zero_grad()
 
@@ -235,15 +225,18 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float, stop: StopRequ
 def validate(run: Run, data: BatchDataset) -> bool:
     """Logs all metrics of the validation split; True when they are the best so far."""
     state = run.state
-    metrics = evaluate(
-        run.model, run.task, data, run.ranks, run.accelerator,
-        batch_size=run.config.validate.batch_size, workers=run.config.data.workers,
-    )  # fmt: skip
+    try:
+        metrics = evaluate(
+            run.model, run.task, data, run.ranks, run.accelerator,
+            batch_size=run.config.validate.batch_size, workers=run.config.data.workers,
+        )  # fmt: skip
+    except BadSamplesError:
+        save(run)  # what was trained is not lost
+        with said_once():
+            raise
     epoch, _ = run.order.epoch_of(state.step - 1)
     run.log.row({"step": state.step, "epoch": epoch, "split": "val", **metrics}, of=run.total_steps)
     metric = run.config.validate.metric or run.task.metric
-    if metric not in metrics:
-        raise UserError(f"validate.metric = {metric}: choose one of {', '.join(metrics)}")
     if is_better(metric, metrics[metric], state.best_metric):
         state.best_metric, state.best_step, state.stale_validations = metrics[metric], state.step, 0
         return True
@@ -251,9 +244,19 @@ def validate(run: Run, data: BatchDataset) -> bool:
     return False
 
 
+def has_converged(run: Run) -> bool:
+    """Whether validate.patience is at its end. A run that is resumed then stops again."""
+    patience = run.config.validate.patience
+    if not 0 < patience <= run.state.stale_validations:
+        return False
+    run.log.say(f"no better metric in {patience} validations: stopping early")
+    return True
+
+
 def save(run: Run) -> None:
     """Commits a checkpoint of the finished step, then prunes older ones."""
-    config = run.config
+    config, scaler = run.config, run.accelerator.scaler
+    run.state.loss_scale = scaler.state_dict() if scaler is not None else {}
     directory = Path(config.run.dir) / "checkpoints"
     meta = checkpoint.Meta(
         state=run.state,
@@ -263,7 +266,9 @@ def save(run: Run) -> None:
     )
     checkpoint.save(directory, checkpoint.tensors_of(run.model, run.optimizer), meta, run.ranks)
     if run.ranks.is_main:
-        checkpoint.prune(directory, config.checkpoint.keep_last, run.state.best_step)
+        checkpoint.prune(
+            directory, run.state.step, config.checkpoint.keep_last, run.state.best_step
+        )
 
 
 def settle_buckets(run: Run) -> None:
@@ -280,21 +285,6 @@ def settle_buckets(run: Run) -> None:
     batch = run.train_data[next(iter(plans))].to(run.accelerator.device)
     run.accelerator.backward(run.task.loss_sum(run.wrapped, batch) * 0)
     run.wrapped_optimizer.zero_grad()
-
-
-def account_for_bad(run: Run, batches: Sequence[Batch], num_bad: int) -> None:
-    """Counts samples of weight 0 over all ranks; raises `UserError` above data.max_bad."""
-    if not num_bad:
-        return
-    own = [line for batch in batches for line in batch.bad]
-    for line in own:
-        run.log.warn(f"{line}; its place in step {run.state.step} has weight 0")
-    run.state.bad_samples += num_bad
-    if run.state.bad_samples > run.config.data.max_bad:
-        raise UserError(
-            f"{run.config.data.url}: {run.state.bad_samples} damaged samples, data.max_bad allows "
-            f"{run.config.data.max_bad} ({own[0] if own else 'another rank names them'})"
-        )
 
 
 if __name__ == "__main__":

@@ -23,12 +23,16 @@ from pipeline.build import dtype_of, load_model, new_accelerator, open_split
 from pipeline.config import config_of, read_toml
 from pipeline.metrics import merge
 from pipeline.order import validation_batches
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, said_once
 from pipeline.stream import BatchDataset, BatchPlan, make_loader
 from pipeline.tasks import Task, build_task
 from shards import storage
 from shards.format import TOKENIZER_NAME, Manifest
 from shards.storage import UserError
+
+
+class BadSamplesError(UserError):
+    """Samples of a validation split cannot be read. Raised on every rank alike."""
 
 
 def evaluate(
@@ -44,7 +48,7 @@ def evaluate(
     """Metrics of the bare `model` over all samples behind `dataset`; the same on every rank.
 
     Raises:
-        UserError: samples that cannot be read; the message names the first ones of this rank.
+        BadSamplesError: samples that cannot be read; each is named on stderr by its rank.
     """
     counts = [shard.samples for shard in dataset.reader.shards]
     plans = [
@@ -53,22 +57,22 @@ def evaluate(
     ]
     own = plans[ranks.rank :: ranks.world_size]
     rows = torch.zeros(len(plans), len(task.columns), dtype=torch.float64)
-    bad: list[str] = []
     was_training = model.training
     model.eval()
     with torch.inference_mode(), accelerator.autocast():
         loader = make_loader(dataset, own, workers=workers, pin=accelerator.device.type == "cuda")
         for batch in loader:
-            bad += batch.bad
+            for line in batch.bad:
+                print(f"pixloom: warning: {line}", file=sys.stderr, flush=True)
             sums = task.metric_sums(model, batch.to(accelerator.device))
             rows[batch.micro] = torch.tensor(sums, dtype=torch.float64)
     model.train(was_training)
     ranks.sum(rows)
     totals = merge(rows.tolist())
     if totals[0] != sum(counts):
-        raise UserError(
+        raise BadSamplesError(
             f"{dataset.reader.root}: validation counted {totals[0]:.0f} samples, the manifest says "
-            f"{sum(counts)}; {'; '.join(bad[:3]) or 'other ranks name them'}"
+            f"{sum(counts)}; the others are named above"
         )
     return {"samples": totals[0], **task.metrics(totals)}
 
@@ -91,20 +95,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _validate(arguments: argparse.Namespace) -> int:
     run: Path = arguments.run
-    config = config_of(read_toml(str(run / "config.toml")), str(run / "config.toml"))
-    chosen = checkpoint.choose(run, arguments.checkpoint)
-    trained_on = storage.load_manifest(config.data.url)
-    root = arguments.url or config.data.url
-    manifest = storage.load_manifest(root)
-    if _tokenizer_sha256(manifest) != _tokenizer_sha256(trained_on):
-        raise UserError(
-            f"{root}: packed with another tokenizer than {config.data.url}; pack it with "
-            f"--tokenizer {storage.join(config.data.url, TOKENIZER_NAME)}"
-        )
-    dataset = open_split(root, manifest, arguments.split)
+    with said_once():
+        config = config_of(read_toml(str(run / "config.toml")), str(run / "config.toml"))
+        chosen = checkpoint.choose(run, arguments.checkpoint)
+        trained_on = storage.load_manifest(config.data.url)
+        root = arguments.url or config.data.url
+        manifest = storage.load_manifest(root)
+        if _tokenizer_sha256(manifest) != _tokenizer_sha256(trained_on):
+            raise UserError(
+                f"{root}: packed with another tokenizer than {config.data.url}; pack it with "
+                f"--tokenizer {storage.join(config.data.url, TOKENIZER_NAME)}"
+            )
+        dataset = open_split(config, manifest, arguments.split, root=root)
+        if dataset.image_CHW != open_split(config, trained_on, "train").image_CHW:
+            raise UserError(
+                f"{root}: images of CxHxW {dataset.image_CHW}, the run was trained on another size "
+                f"({config.data.url}); pack them alike"
+            )
+        model = load_model(config, trained_on, chosen)
     accelerator = new_accelerator(config)
     ranks = Ranks.of_run()
-    model = load_model(config, trained_on, chosen).to(accelerator.device)
+    model.to(accelerator.device)
     metrics = evaluate(
         model,
         build_task(config.model, dtype_of(config)),
@@ -115,10 +126,16 @@ def _validate(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
     )
     if ranks.is_main:
-        row: dict[str, Any] = {"split": arguments.split, "checkpoint": chosen.name, **metrics}
-        storage.publish_text(
-            json.dumps(row, indent=1) + "\n", str(run / f"validate-{arguments.split}.json")
-        )
+        row: dict[str, Any] = {
+            "split": arguments.split,
+            "data_digest": manifest.data_digest,
+            "checkpoint": chosen.name,
+            **metrics,
+        }
+        name = f"validate-{arguments.split}"
+        if manifest.data_digest != trained_on.data_digest:
+            name += f"-{manifest.data_digest[:12]}"
+        storage.publish_text(json.dumps(row, indent=1) + "\n", str(run / f"{name}.json"))
         if arguments.json:
             print(json.dumps(row))
         else:

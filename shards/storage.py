@@ -28,9 +28,7 @@ def command(verb: str, action: Callable[[], int]) -> int:
     try:
         return action()
     except (UserError, FormatError) as error:
-        # Under a launcher all processes of a machine fail alike: the first one says why.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"pixloom {verb}: error: {error}", file=sys.stderr)
+        print(f"pixloom {verb}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"pixloom {verb}: interrupted", file=sys.stderr)
@@ -101,7 +99,7 @@ def publish(scratch: Path, destination: str) -> None:
     target = local_path(destination)
     with explained(destination):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sync(scratch)
+        sync(scratch)
         try:
             scratch.replace(target)
         except OSError as error:
@@ -110,12 +108,12 @@ def publish(scratch: Path, destination: str) -> None:
             temporary = target.with_name(f".{target.name}.{os.getpid()}{SCRATCH_NAME}")
             try:
                 shutil.copyfile(scratch, temporary)
-                _sync(temporary)
+                sync(temporary)
                 temporary.replace(target)
             finally:
                 temporary.unlink(missing_ok=True)
             scratch.unlink()
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def publish_text(text: str, destination: str) -> None:
@@ -173,7 +171,8 @@ def _remove_leftovers(root: Path) -> None:
             left.unlink()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Forces a file's data, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

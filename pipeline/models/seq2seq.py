@@ -1,12 +1,13 @@
 """Image to code tokens: a convolutional encoder, and an LSTM decoder that attends to its grid.
 
-The module holds the network alone: a pure function of images in [0,1] and token ids. Losses live
-in `pipeline.tasks`, search in `pipeline.decode`, augmentation in `pipeline.train`.
+The module holds the network alone: a pure function of images in [0,1] and token ids. Losses
+and augmentation live in `pipeline.tasks`, search in `pipeline.decode`.
 
 Tensor names carry their shape:
 B batch, C image channels, H height, W width, T token positions, V vocabulary, N grid cells,
 F grid features, P position features, S cells of the summary, A attention heads, K query and key
-features of a head, U value features of a head, L latent, E embedding, D hidden.
+features of a head, U value features of a head, L latent, E embedding, D hidden,
+I and O what the output layer reads and mixes.
 """
 
 import math
@@ -80,12 +81,13 @@ class Memory(NamedTuple):
 class Seq2Seq(nn.Module):
     """LSTM decoder with multi-head attention over a convolutional grid.
 
-    Two things make it find *where* to look, on which such models stall with the structure of the
-    code right and every detail a guess. A query addresses a cell by its content and, directly, by
-    the Fourier features of its place: a place known only through a learned key would start as a
-    product of two small matrices, a saddle point. And a pooled summary of the grid, its layout
-    kept, starts the LSTM and enters it at every step. Attention does not feed back into the LSTM,
-    so that teacher forcing is one fused LSTM call.
+    Such models stall with the structure of the code right and every detail a guess, because no
+    query knows where to look and nothing worth seeing is found where it looks. Three things ended
+    the stall early on pix2code's screens, where the details are the colours of buttons:
+    colour enters as a difference from brightness, standardised (`_standardise`); a query addresses
+    a cell by its content and, directly, by the Fourier features of its place; and a pooled summary
+    of the grid, its layout kept, starts the LSTM, enters it at every step, and goes past it to the
+    output. Attention does not feed back into the LSTM, so teacher forcing is one fused LSTM call.
 
     After "Show, Attend and Tell" (Xu et al., 2015, arXiv:1502.03044), with scaled dot-product
     attention (Vaswani et al., 2017, arXiv:1706.03762).
@@ -109,8 +111,8 @@ class Seq2Seq(nn.Module):
         self.position_NP = nn.Buffer(_fourier_features(rows, columns), persistent=False)
         self.pool_SN = nn.Buffer(_pool_matrix(rows, columns), persistent=False)
 
-        # Two more channels hold the coordinates.
-        self.encoder = _encoder(image_channels + 2, config.channels)
+        # Brightness, each channel's difference from it, and two channels of coordinates.
+        self.encoder = _encoder(image_channels + 3, config.channels)
         self.position = nn.Linear(_POSITION_DIM, feature_dim)
         self.key = nn.Linear(feature_dim, config.hidden_dim)
         self.value = nn.Linear(feature_dim, config.hidden_dim)
@@ -124,8 +126,8 @@ class Seq2Seq(nn.Module):
         self.query = nn.Linear(
             config.hidden_dim, config.hidden_dim + config.num_heads * _POSITION_DIM
         )
-        self.combine = nn.Linear(2 * config.hidden_dim, config.hidden_dim)
-        self.head = nn.Linear(config.hidden_dim, vocab_size)
+        self.combine = nn.Linear(2 * config.hidden_dim + config.latent_dim, 2 * config.hidden_dim)
+        self.head = nn.Linear(2 * config.hidden_dim, vocab_size)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, image_BCHW: Tensor, token_BT: Tensor) -> Tensor:
@@ -196,8 +198,9 @@ class Seq2Seq(nn.Module):
             query_BATK, memory.key_BANK, memory.value_BANU, scale=1.0
         )
         seen_BTD = seen_BATU.transpose(1, 2).flatten(2)
-        combined_BTD = functional.relu(self.combine(torch.cat([hidden_BTD, seen_BTD], dim=2)))
-        return self.head(self.dropout(combined_BTD)), DecoderState(hidden_1BD[0], cell_1BD[0])
+        known_BTI = torch.cat([hidden_BTD, seen_BTD, latent_BTL], dim=2)
+        combined_BTO = functional.relu(self.combine(known_BTI))
+        return self.head(self.dropout(combined_BTO)), DecoderState(hidden_1BD[0], cell_1BD[0])
 
     def _split_heads(self, feature_BTD: Tensor) -> Tensor:
         batch_size, length, _ = feature_BTD.shape
@@ -218,13 +221,16 @@ def _encoder(image_channels: int, channels: tuple[int, ...]) -> nn.Sequential:
 
 
 def _standardise(image_BCHW: Tensor) -> Tensor:
-    """Zero mean and unit variance for every image and channel.
+    """Brightness and each channel's difference from it, of zero mean and unit variance each.
 
-    A screen is mostly background. Around it, the few pixels of a coloured button are a large
-    signal; in [0,1] they are a small one, and the colours are learnt last.
+    A screen is mostly grey background. In [0,1] the few pixels of a coloured button are a small
+    signal and their colours are learnt last; as standardised differences they are a large one.
+    One channel more than the image has; for one channel the difference is zero.
     """
-    var_BC11, mean_BC11 = torch.var_mean(image_BCHW, dim=(2, 3), correction=0, keepdim=True)
-    return (image_BCHW - mean_BC11) * torch.rsqrt(var_BC11 + 1e-3)
+    bright_B1HW = image_BCHW.mean(dim=1, keepdim=True)
+    plane_BCHW = torch.cat([bright_B1HW, image_BCHW - bright_B1HW], dim=1)
+    var_BC11, mean_BC11 = torch.var_mean(plane_BCHW, dim=(2, 3), correction=0, keepdim=True)
+    return (plane_BCHW - mean_BC11) * torch.rsqrt(var_BC11 + 1e-4)
 
 
 def _coordinates(height: int, width: int) -> Tensor:

@@ -91,6 +91,6 @@ def model_and_batch(folder: Path) -> tuple[Seq2Seq, Any]:
     manifest = load_manifest(root)
     model = load_model(config, manifest, checkpoint.choose(folder / "run", "best")).eval()
     assert isinstance(model, Seq2Seq)
-    dataset = open_split(root, manifest, "test")
+    dataset = open_split(config, manifest, "test")
     ids = next(validation_batches([s.samples for s in dataset.reader.shards], 64))
     return model, dataset[BatchPlan(step=0, micro=0, epoch=0, first_place=0, ids=ids)]

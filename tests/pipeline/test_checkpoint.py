@@ -1,6 +1,10 @@
 """Checkpoints: committed last, verified, balanced, without pickle."""
 
 import json
+import os
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,6 +94,55 @@ def test_a_save_that_was_killed_is_not_seen_and_is_cleared(tmp_path: Path) -> No
     ]
 
 
+def killed_before(number: int, work: Callable[[], object]) -> bool:
+    """Does `work` in a forked child that SIGKILLs itself before its `number`-th access to the
+    file system; whether it got that far."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def count(event: str, _: object) -> None:
+            nonlocal seen
+            if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+                seen += 1
+                if seen == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        work()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+def test_a_kill_at_every_access_to_the_file_system_loses_nothing(tmp_path: Path) -> None:
+    """Save over an older save of the same step, commit, prune: killed before each open, rename,
+    remove. What was committed before stays or is replaced whole, and doing it again succeeds."""
+    number, killed = 1, True
+    while killed:
+        directory = tmp_path / str(number)
+        for step in (2, 4, 6):
+            saved(directory, step=step)
+
+        def work(directory: Path = directory) -> None:
+            saved(directory, step=6)
+            saved(directory, step=8)
+            checkpoint.prune(directory, step=8, keep_last=1, best_step=4)
+
+        killed = killed_before(number, work)
+        newest = checkpoint.newest_valid(directory)
+        assert newest is not None
+        assert checkpoint.step_of(newest) in (4, 6, 8)
+        assert all(not checkpoint.verify(path) for path in checkpoint.committed(directory))
+        work()
+        assert [checkpoint.step_of(p) for p in checkpoint.committed(directory)] == [4, 8]
+        assert sorted(p.name for p in directory.iterdir()) == ["step-00000004", "step-00000008"]
+        number += 1
+    print(f"killed at {number - 2} places")
+    assert number > 30
+
+
 def test_a_damaged_one_is_passed_over_aloud(tmp_path: Path) -> None:
     first, second = saved(tmp_path, step=3), saved(tmp_path, step=6)
     (second / checkpoint.STATE_NAME).write_text("{}")
@@ -99,10 +152,28 @@ def test_a_damaged_one_is_passed_over_aloud(tmp_path: Path) -> None:
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
-    for step in (2, 4, 6, 8):
+    for step in (2, 4, 5, 6, 8):
         saved(tmp_path, step=step)
-    checkpoint.prune(tmp_path, keep_last=2, best_step=2)
+    (checkpoint.path_of(tmp_path, 5) / checkpoint.COMMIT_NAME).unlink()
+    checkpoint.prune(tmp_path, step=8, keep_last=2, best_step=2)
     assert [checkpoint.step_of(p) for p in checkpoint.committed(tmp_path)] == [2, 6, 8]
+    assert not checkpoint.path_of(tmp_path, 5).exists(), "what a killed save left stays for ever"
+
+
+def test_prune_after_a_fall_back_keeps_what_was_just_saved(tmp_path: Path) -> None:
+    for step in (9, 10, 3):
+        saved(tmp_path, step=step)
+    checkpoint.prune(tmp_path, step=3, keep_last=1, best_step=None)
+    assert [checkpoint.step_of(p) for p in checkpoint.committed(tmp_path)] == [3, 9, 10]
+
+
+def test_a_file_that_the_commit_does_not_name_is_not_loaded(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    before = checkpoint.load_tensors(path)
+    stray = next(path.glob("tensors-*")).with_name("tensors-00009-of-00010.safetensors")
+    stray.write_bytes(b"not even safetensors")
+    assert checkpoint.verify(path) == []
+    assert checkpoint.load_tensors(path).keys() == before.keys()
 
 
 def test_choose_best_last_or_a_step(tmp_path: Path) -> None:

@@ -198,7 +198,8 @@ def test_decoder_looks_at_the_image() -> None:
         return functional.cross_entropy(model(image_BCHW, input_BT).transpose(1, 2), target_BT)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(150):
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 200)
         optimizer.zero_grad()
         loss_of(image_BCHW).backward()
         optimizer.step()

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.batch import Batch, SampleError
-from pipeline.build import open_split
 from pipeline.order import Order, validation_batches
 from pipeline.stream import BatchDataset, BatchPlan, SampleReader, TrainPlans, grouped, make_loader
 from shards.format import TOKENS_EXTENSION
@@ -38,6 +37,11 @@ def layouts(draw: st.DrawFn) -> dict[str, int]:
     }
 
 
+def train_split(root: Path) -> BatchDataset:
+    reader = SampleReader(str(root), load_manifest(str(root)).splits["train"])
+    return BatchDataset(reader, image_CHW=(3, 32, 48), with_tokens=True)
+
+
 def read_keys(dataset: BatchDataset, plans: TrainPlans, workers: int) -> list[tuple[str, ...]]:
     loader = make_loader(dataset, plans, workers=workers, pin=False)
     return [batch.keys for batch in loader]
@@ -56,7 +60,7 @@ def check_one_order(
 ) -> None:
     """The keys that real loaders yield, joined over ranks and over an interruption, are the
     order's. `shards` picks which shards of the split make the dataset."""
-    whole = open_split(str(root), load_manifest(str(root)), "train", seed=layout["seed"])
+    whole = train_split(root)
     entries = [s for place, s in enumerate(whole.reader.shards) if not shards >> place & 1]
     entries = entries or list(whole.reader.shards)
     turn = shards % len(entries)
@@ -109,7 +113,7 @@ def test_any_workers_see_the_same_order(
 
 @many_workers
 def test_an_epoch_through_workers_holds_each_sample_once(screens: Path) -> None:
-    dataset = open_split(str(screens), load_manifest(str(screens)), "train")
+    dataset = train_split(screens)
     order = Order(
         [s.samples for s in dataset.reader.shards], seed=1, global_size=6, micro_size=2, window=9
     )
@@ -128,7 +132,9 @@ def test_plain_webdataset_reads_what_stream_reads(
     root: Path = request.getfixturevalue(name)
     manifest = load_manifest(str(root))
     for split, entries in manifest.splits.items():
-        dataset = open_split(str(root), manifest, split)
+        dataset = BatchDataset(
+            SampleReader(str(root), entries), image_CHW=(3, 32, 48), with_tokens=name == "screens"
+        )
         urls = [str(root / entry.name) for entry in entries]
         foreign = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
         gc.collect()
@@ -178,7 +184,7 @@ def damaged(screens: Path, tmp_path: Path) -> Path:
 
 
 def batch_of(root: Path, number: int = 6) -> Batch:
-    dataset = open_split(str(root), load_manifest(str(root)), "train")
+    dataset = train_split(root)
     ids = next(validation_batches([s.samples for s in dataset.reader.shards], number))
     return dataset[BatchPlan(step=0, micro=0, epoch=0, first_place=0, ids=ids)]
 
@@ -198,7 +204,7 @@ def test_a_damaged_sample_keeps_its_place_with_weight_0(screens: Path, damaged: 
 def test_a_shard_cut_short_names_the_sample(screens: Path, damaged: Path) -> None:
     entry = load_manifest(str(damaged)).splits["train"][0]
     os.truncate(damaged / entry.name, (damaged / entry.name).stat().st_size // 2)
-    dataset = open_split(str(damaged), load_manifest(str(damaged)), "train")
+    dataset = train_split(damaged)
     with pytest.raises(SampleError, match=r"train/000000\.tar train-\d+: the shard ends inside"):
         dataset.reader.read(0, entry.samples - 1)
 
@@ -209,17 +215,16 @@ def test_an_index_of_another_length_is_refused(damaged: Path) -> None:
     first, *lines = path.read_text().splitlines()
     assert first == f"v1.2 {entry.samples}"
     path.write_text("\n".join([f"v1.2 {entry.samples - 1}", *lines[:-1]]) + "\n")
-    dataset = open_split(str(damaged), load_manifest(str(damaged)), "train")
+    dataset = train_split(damaged)
     with pytest.raises(UserError, match="run `pixloom verify`"):
         dataset.reader.key(0, 0)
 
 
 def test_many_shards_share_a_bounded_number_of_open_files(
-    screens: Path, monkeypatch: pytest.MonkeyPatch
+    screens: Path,
 ) -> None:
-    monkeypatch.setattr("pipeline.stream._OPEN_SHARDS", 2)
     entries = load_manifest(str(screens)).splits["train"]
-    reader = SampleReader(str(screens), entries)
+    reader = SampleReader(str(screens), entries, open_shards=2)
     for index in range(3):
         for shard in range(len(entries)):
             reader.read(shard, index)
@@ -227,7 +232,7 @@ def test_many_shards_share_a_bounded_number_of_open_files(
 
 
 def test_iterating_does_not_touch_the_global_random_state(screens: Path) -> None:
-    dataset = open_split(str(screens), load_manifest(str(screens)), "train")
+    dataset = train_split(screens)
     order = Order([s.samples for s in dataset.reader.shards], seed=1, global_size=4, micro_size=2)
     torch.manual_seed(5)
     before = torch.get_rng_state()

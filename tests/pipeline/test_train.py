@@ -177,7 +177,8 @@ def test_damaged_samples_stop_the_run_unless_allowed(
         path.write_bytes(body)
     assert run(tmp_path / "stops", copy) == 2
     captured = capsys.readouterr().err
-    assert "data.max_bad allows 0 (train/" in captured
+    assert "damaged samples (named above), data.max_bad allows 0" in captured
+    assert "train/000000.tar train-" in captured
     assert "CRC-32 differs" in captured
     assert run(tmp_path / "goes", copy, "--data.max_bad", 1000, "--validate.every_steps", 9) == 0
     rows = [json.loads(line) for line in (tmp_path / "goes/metrics.jsonl").read_text().splitlines()]
