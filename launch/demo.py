@@ -47,8 +47,11 @@ def run(folder: Path) -> None:
     _call("-m", "shards.verify", shards)
 
     gpus = torch.cuda.device_count()
-    many, few = (gpus, max(1, gpus - 1)) if gpus else (2, 1)
-    total = tomllib.loads(CONFIG.read_text())["run"]["steps"]
+    config = tomllib.loads(CONFIG.read_text())
+    num_micro = config["batch"]["global_size"] // config["batch"]["micro_size"]
+    many = min(gpus or 2, num_micro)
+    few = max(1, many - 1)
+    total = config["run"]["steps"]
     done = _last_commit(training)
     if done < total:
         _say(f"2. Train on {many} process(es); SIGKILL all of them halfway")

@@ -13,7 +13,7 @@ from shards import storage
 from shards.format import Manifest
 from shards.storage import UserError
 
-_LOCK_WAIT_S = 20.0
+_LOCK_WAIT_S = 5.0
 
 
 def check_resumable(config: Config, manifest: Manifest) -> None:

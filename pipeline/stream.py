@@ -5,8 +5,10 @@ so any number of them gives the same batches, and prefetching never moves a curs
 mean is `pipeline.batch`'s business.
 """
 
+import atexit
 import functools
 import itertools
+import multiprocessing
 import os
 import signal
 import time
@@ -14,6 +16,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -206,10 +209,18 @@ def make_loader(
         # dropout depend on when a loader was started.
         generator=torch.Generator(),
     )
-    for answer in loader:
-        if isinstance(answer, Exception):
-            raise answer
-        yield answer
+    others = set(multiprocessing.active_children())
+    answers = iter(loader)
+    # Workers hold no state, and ignore the SIGTERM by which they would be ended at exit.
+    kill = functools.partial(_kill, set(multiprocessing.active_children()) - others)
+    atexit.register(kill)
+    try:
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+            yield answer
+    finally:
+        atexit.unregister(kill)
 
 
 class _Answers(Dataset[Batch | Exception]):
@@ -228,6 +239,11 @@ class _Answers(Dataset[Batch | Exception]):
 
 def _as_is(answer: Any) -> Any:
     return answer
+
+
+def _kill(processes: Iterable[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

@@ -43,7 +43,7 @@ class Job:
             with log.open("wb") as out:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-W", "error::UserWarning:pipeline", "-m", module, *words],
+                        [sys.executable, "-W", "error", "-m", module, *words],
                         cwd=ROOT,
                         env=environment,
                         stdout=out,

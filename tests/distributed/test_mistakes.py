@@ -1,5 +1,6 @@
 """A mistake ends every rank at once, with one line: nobody waits in a collective for the others."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,3 +45,39 @@ def test_damage_on_one_rank_stops_all(
         shard.write_bytes(body)
     assert "train/000001.tar train-" in job.output()
     assert job.output().count("data.max_bad allows 0") == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_one_rank_misses_is_named(
+    workers: int,
+    start: Callable[..., Any],
+    make_config: Callable[..., Path],
+    screens: Path,
+    tmp_path: Path,
+) -> None:
+    """Whichever rank meets it says so in one line, from a loader worker too; nobody hangs."""
+    receipt = screens / "train" / "000002.json"
+    hidden = receipt.rename(tmp_path / "hidden.json")
+    try:
+        words = ["--config", make_config("run"), "--run.dir", tmp_path / "run"]
+        job = start("pipeline.train", *words, "--data.workers", workers, world_size=2)
+        statuses = job.wait(120)
+    finally:
+        hidden.rename(receipt)
+    assert 0 not in statuses, job.output()
+    assert f"pixloom train: error: {receipt}: No such file or directory" in job.output()
+
+
+def test_two_jobs_do_not_share_a_folder(
+    start: Callable[..., Any], make_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = ["--config", make_config("run"), "--run.dir", tmp_path / "run", "--run.steps", 10**6]
+    first = start("pipeline.train", *words, world_size=1)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert first.alive(), first.output()
+        time.sleep(0.01)
+    second = start("pipeline.train", *words, world_size=2)
+    assert second.wait(120) == [2, 2], second.output()
+    assert second.output().count("another job trains in this folder") == 1
+    assert first.alive()
+    first.kill()

@@ -9,11 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from pipeline import checkpoint
+from pipeline.order import Order
 from pipeline.state import TrainState
+from shards.format import Receipt
+from shards.storage import load_manifest
 
 STEPS = 40
 
@@ -55,14 +59,18 @@ def rows_without_speed(run: Path) -> list[dict[str, Any]]:
 def test_resume_is_exact_on_any_number_of_ranks(
     model: str, start: Callable[..., Any], make_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """SIGKILL to both ranks at a random step of 40 (an epoch has 12), then 2, 1 and 3 ranks."""
+    """SIGKILL to both ranks at a random step of 40 (an epoch has 12), then 2, 1 and 3 ranks.
+
+    The runs that are killed and resumed read through loader workers, the undisturbed one not.
+    """
     config = make_config("run", model)
 
-    def train(run: Path, world_size: int) -> Any:
-        return start("pipeline.train", "--config", config, "--run.dir", run, world_size=world_size)
+    def train(run: Path, world_size: int, workers: int = 1) -> Any:
+        words = ["--config", config, "--run.dir", run, "--data.workers", workers]
+        return start("pipeline.train", *words, world_size=world_size)
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(whole, 2).succeed()
+    train(whole, 2, workers=0).succeed()
     at = random.randint(5, STEPS - 8)
     job = train(killed, 2)
     while logged_steps(killed) < at:
@@ -106,11 +114,14 @@ def test_sigterm_finishes_the_step_saves_and_asks_for_a_requeue(
 ) -> None:
     run = tmp_path / "run"
     words = ["--config", make_config("run", checkpoint={"every_steps": 1000}), "--run.dir", run]
-    job = start("pipeline.train", *words, world_size=2)
+    job = start("pipeline.train", *words, "--data.workers", 1, world_size=2)
     while logged_steps(run) < 3:
         assert job.alive(), job.output()
         time.sleep(0.001)
-    job.processes[1].send_signal(signal.SIGTERM)  # one rank is told, all of them stop
+    # As a scheduler does it: to one rank and to all of its loader workers.
+    rank = psutil.Process(job.processes[1].pid)
+    for process in [*rank.children(), rank]:
+        process.send_signal(signal.SIGTERM)
     assert job.wait() == [75, 75], job.output()
     assert 3 <= state_of(run).step < STEPS
     start("pipeline.train", *words, world_size=1).succeed()
@@ -136,11 +147,26 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     assert not checkpoint.verify(last_checkpoint(run))
 
 
+def spread_of_lengths(root: Path) -> int:
+    """Longest minus shortest sequence of the first global batch."""
+    manifest = load_manifest(str(root))
+    entries = manifest.splits["train"]
+    order = Order([e.samples for e in entries], seed=11, global_size=8, micro_size=2, window=16)
+    ids = order.samples_of(0)
+    receipts = [Receipt.from_json((root / e.receipt_name).read_text(), e.name) for e in entries]
+    lengths = [
+        receipts[shard].num_tokens[index]
+        for shard, index in zip(ids.shard_G, ids.index_G, strict=True)
+    ]
+    return max(lengths) - min(lengths)
+
+
 def test_gradients_do_not_depend_on_accumulation(
-    start: Callable[..., Any], make_config: Callable[..., Path], tmp_path: Path
+    start: Callable[..., Any], make_config: Callable[..., Path], screens: Path, tmp_path: Path
 ) -> None:
     """One batch, 4 microbatches on one rank, 2 on each of two, and 1, 1, 2 on three."""
     gradients = {}
+    assert spread_of_lengths(screens) > 60
     for name, world_size, micro_size in [("1x1", 1, 8), ("1x4", 1, 2), ("2x2", 2, 2), ("3", 3, 2)]:
         config = make_config(
             name,

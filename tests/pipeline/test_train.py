@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
-from pipeline import order, train, validate
+from pipeline import checkpoint, order, train, validate
 from shards import pack, synth
 from shards.storage import load_manifest
 
@@ -19,6 +20,7 @@ TINY = """
 @pytest.fixture
 def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)  # what another test's run set up
 
 
 def run(folder: Path, data: Path, *flags: object) -> int:
@@ -55,6 +57,8 @@ def test_a_folder_without_manifest(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--data.lanes", 3], "data.lanes = 3 does not divide"),
         (["--optim.lrr", 1], "did you mean --optim.lr?"),
         (["--run.resume", "/nowhere"], "/nowhere/COMMIT.json: cannot be read"),
+        (["--validate.metric", "exactmatch"], "validate.metric = exactmatch: choose one of loss, "),
+        (["--model.max_tokens", 9], "model.max_tokens = 9 would cut them short"),
     ],
 )
 def test_what_does_not_fit(
@@ -134,6 +138,9 @@ def test_order_proves_offline_what_the_run_saw(
         proof = json.loads(capsys.readouterr().out)
         assert proof["order_digest"] == row["order_digest"]
         assert len(set(proof["keys"])) == 4
+    sizes = ["--batch.global_size", "4", "--batch.micro_size", "2"]
+    assert order.main(["--data.url", str(screens), *sizes, "--step", "0", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["keys"]) == 4
     assert order.main(["--config", str(trained / "config.toml"), "--step", "-1"]) == 2
     assert "--step -1" in error_line(capsys)
 
@@ -190,11 +197,82 @@ def test_damaged_samples_stop_the_run_unless_allowed(
     assert clean[1]["order_digest"] == rows[1]["order_digest"], "damage must not shift the order"
 
 
-def test_early_stopping(
+def test_early_stopping_stays_stopped(
     cpu: None, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--validate.every_steps", 1, "--validate.patience", 2, "--optim.lr", 1e-9]
     assert run(tmp_path / "run", screens, *flags, "--run.steps", 30) == 0
     assert "stopping early" in capsys.readouterr().err
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] < 30
+    log = (tmp_path / "run/metrics.jsonl").read_text()
+    assert json.loads(log.splitlines()[-1])["step"] < 30
+    assert run(tmp_path / "run", screens, *flags, "--run.steps", 30) == 0
+    assert "stopping early" in capsys.readouterr().err
+    assert (tmp_path / "run/metrics.jsonl").read_text() == log
+
+
+def test_a_damaged_state_is_passed_over_when_configurations_are_compared(
+    trained: Path, screens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = checkpoint.committed(trained / "checkpoints")[-1] / checkpoint.STATE_NAME
+    newest.write_text(newest.read_text().replace('"lr": 0.001', '"lr": 0.003'))
+    assert run(trained, screens) == 0
+    err = capsys.readouterr().err
+    assert "step-00000003 does not verify" in err
+    assert "resumed from step-00000002" in err
+
+
+def test_without_any_checkpoint_that_verifies_nothing_is_overwritten(
+    trained: Path, screens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in checkpoint.committed(trained / "checkpoints"):
+        next(path.glob("tensors-*")).write_bytes(b"torn")
+    log = (trained / "metrics.jsonl").read_text()
+    assert run(trained, screens) == 2
+    assert "none of its 2 checkpoints verifies; move them away" in capsys.readouterr().err
+    assert (trained / "metrics.jsonl").read_text() == log
+
+
+def test_resume_from_a_path_begins_there_and_then_goes_on_by_itself(
+    trained: Path, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = checkpoint.committed(trained / "checkpoints")[0]
+    assert checkpoint.step_of(first) == 2
+    for found in ("step-00000002", "step-00000003"):
+        assert run(tmp_path / "branch", screens, "--run.resume", first) == 0
+        assert f"resumed from {found}" in capsys.readouterr().err
+
+
+def test_damage_in_the_validation_split_does_not_lose_what_was_trained(
+    cpu: None, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(screens, copy)
+    shard = copy / load_manifest(str(copy)).splits["val"][0].name
+    body = bytearray(shard.read_bytes())
+    body[1024] ^= 1
+    shard.write_bytes(body)
+    assert run(tmp_path / "run", copy, "--validate.every_steps", 1) == 2
+    err = capsys.readouterr().err
+    assert "val/000000.tar val-" in err
+    assert "validation counted 4 samples, the manifest says 5" in err
+    assert len(checkpoint.committed(tmp_path / "run" / "checkpoints")) == 1
+
+
+def test_validate_on_images_of_another_size(
+    trained: Path, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "larger"
+    assert synth.main([str(raw), "--samples", "4", "--seed", "77"]) == 0
+    words = ["--size", "64x32", "--split", "test=1", "--tokenizer", str(screens / "tokenizer.json")]
+    assert pack.main([str(raw), str(out), *words, "--workers", "0"]) == 0
+    capsys.readouterr()
+    assert validate.main([str(trained), "--split", "test", "--data.url", str(out)]) == 2
+    assert "images of CxHxW (3, 32, 64)" in error_line(capsys)
+
+
+def test_half_precision_needs_a_gpu(
+    cpu: None, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "run", screens, "--optim.precision", "fp16") == 2
+    assert "fp16 needs a GPU" in capsys.readouterr().err
+    assert run(tmp_path / "run", screens, "--optim.precision", "bf16") == 0
