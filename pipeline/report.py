@@ -131,7 +131,7 @@ def _draw_codes(
                 )  # fmt: skip
 
 
-def _lines(tokens: Sequence[str], width: int = 30) -> list[list[tuple[float, int, str]]]:
+def _lines(tokens: Sequence[str], width: int = 41) -> list[list[tuple[float, int, str]]]:
     """Tokens laid out in lines, as (x in [0, 1], place, token); braces set the indentation."""
     lines: list[list[tuple[float, int, str]]] = [[]]
     depth, column = 0, 0.0

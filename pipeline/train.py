@@ -237,10 +237,12 @@ def validate(run: Run, data: BatchDataset) -> bool:
     epoch, _ = run.order.epoch_of(state.step - 1)
     run.log.row({"step": state.step, "epoch": epoch, "split": "val", **metrics}, of=run.total_steps)
     metric = run.config.validate.metric or run.task.metric
-    if is_better(metric, metrics[metric], state.best_metric):
-        state.best_metric, state.best_step, state.stale_validations = metrics[metric], state.step, 0
+    better = is_better(metric, metrics[metric], state.best_metric)
+    state.stale_validations = 0 if better else state.stale_validations + 1
+    # Of equals the later is the better one: it has seen more.
+    if better or metrics[metric] == state.best_metric:
+        state.best_metric, state.best_step = metrics[metric], state.step
         return True
-    state.stale_validations += 1
     return False
 
 

@@ -42,6 +42,9 @@ class Seq2SeqConfig:
     """Attention heads; they divide `hidden_dim`."""
     dropout: float = 0.1
     """Share of embedding and hidden features dropped in training, in [0,1)."""
+    latent_dropout: float = 0.5
+    """Share of the image summary dropped in training, in [0,1): what is left to find by attention
+    generalises, what is read off the summary is learnt sooner and by heart."""
     max_tokens: int = 256
     """The longest code that decoding writes, `<bos>` and `<eos>` not counted."""
 
@@ -58,8 +61,9 @@ class Seq2SeqConfig:
                 f"model.num_heads = {self.num_heads} does not divide model.hidden_dim = "
                 f"{self.hidden_dim}: every head takes an equal share, change one of the two"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout = {self.dropout} is outside [0,1)")
+        for key in ("dropout", "latent_dropout"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"model.{key} = {getattr(self, key)} is outside [0,1)")
 
 
 class DecoderState(NamedTuple):
@@ -129,6 +133,7 @@ class Seq2Seq(nn.Module):
         self.combine = nn.Linear(2 * config.hidden_dim + config.latent_dim, 2 * config.hidden_dim)
         self.head = nn.Linear(2 * config.hidden_dim, vocab_size)
         self.dropout = nn.Dropout(config.dropout)
+        self.latent_dropout = nn.Dropout(config.latent_dropout)
 
     def forward(self, image_BCHW: Tensor, token_BT: Tensor) -> Tensor:
         """Teacher-forced logits.
@@ -159,7 +164,8 @@ class Seq2Seq(nn.Module):
         coordinates_BCHW = self.coordinates_1CHW.expand(len(image_BCHW), -1, -1, -1)
         grid_BFHW = self.encoder(torch.cat([_standardise(image_BCHW), coordinates_BCHW], dim=1))
         feature_BNF = grid_BFHW.flatten(2).transpose(1, 2)
-        latent_BL = self.summary((self.pool_SN @ feature_BNF).flatten(1))
+        # Dropped once for all tokens of a sample, or the decoder would average over them.
+        latent_BL = self.latent_dropout(self.summary((self.pool_SN @ feature_BNF).flatten(1)))
         hidden_BD, cell_BD = torch.tanh(self.start(latent_BL)).chunk(2, dim=1)
 
         placed_BNF = feature_BNF + self.position(self.position_NP)

@@ -171,7 +171,7 @@ def test_gradients_do_not_depend_on_accumulation(
         config = make_config(
             name,
             batch={"micro_size": micro_size},
-            model={"dropout": 0.0},
+            model={"dropout": 0.0, "latent_dropout": 0.0},
             optim={"name": "sgd", "clip_norm": 0.0, "weight_decay": 0.0, "warmup_steps": 0},
         )
         run = tmp_path / name

@@ -1,0 +1,59 @@
+"""The README's commands, run as they stand there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from launch import cli
+from shards import synth
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_verb_is_in_the_readme_and_the_other_way_round() -> None:
+    named = set(re.findall(r"^\| `([a-z]+)", README, re.MULTILINE))
+    assert named == set(cli.VERBS)
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for name in re.findall(r"launch/[\w./-]+\.(?:sh|yaml|toml|png)", README):
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_commands_on_your_data(tmp_path: Path) -> None:
+    """Every command of "Use it on your data", on a few screens and steps; two CPU processes
+    stand in for the node of GPUs."""
+    section = README.split("## Use it on your data")[1]
+    block = re.search(r"```bash\n(.*?)```", section, re.DOTALL)
+    assert block is not None
+    commands = block.group(1).replace("\\\n", " ").splitlines()
+    commands = [line for line in commands if line and not line.startswith(("#", "pip install"))]
+    assert len(commands) == 7
+    assert synth.main([str(tmp_path / "my-screens"), "--samples", "120", "--seed", "9"]) == 0
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    for command in commands:
+        command = command.replace("node.yaml", "cpu2.yaml")
+        if "pipeline.train" in command:
+            command += " --run.steps 3"
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"$ {command}\n{done.stdout[-4000:]}"
+    for name in ("sheet.png", "runs/mine/validate-test.json", "runs/mine/report.png"):
+        assert (tmp_path / name).is_file(), name
