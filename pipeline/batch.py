@@ -8,7 +8,6 @@ Legend of shape suffixes: B batch, C channels, H height, W width, T tokens (with
 """
 
 import dataclasses
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.order import sample_hash
-from shards import images
+from shards import images, tokens
 from shards.format import IMAGE_EXTENSIONS, PAD, TOKENS_EXTENSION
 
 
@@ -92,7 +91,7 @@ def assemble(
     """Decodes and stacks samples. A `SampleError` in `samples` stands for an unreadable one."""
     channels, height, width = image_CHW
     pixels: list[NDArray[np.uint8]] = []
-    tokens: list[Tensor] = []
+    token_ids: list[Tensor] = []
     weights: list[float] = []
     bad: list[str] = []
     for sample in samples:
@@ -113,12 +112,12 @@ def assemble(
             token = torch.full((2,) if with_tokens else (0,), PAD)
             weight = 0.0
         pixels.append(image_HWC)
-        tokens.append(token)
+        token_ids.append(token)
         weights.append(weight)
     return Batch(
         # A view of (B, H, W, C): channels last in memory, as the models like it, with one copy.
         image_BCHW=torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2),
-        token_BT=torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=PAD),
+        token_BT=torch.nn.utils.rnn.pad_sequence(token_ids, batch_first=True, padding_value=PAD),
         weight_B=torch.tensor(weights, dtype=torch.float32),
         augment_key_B=torch.tensor(augment_keys, dtype=torch.int64),
         keys=tuple(keys),
@@ -138,6 +137,6 @@ def decode(sample: RawSample, channels: int) -> NDArray[np.uint8]:
 
 
 def read_tokens(sample: RawSample) -> Tensor:
-    """The token ids as int64 (T), with <bos> and <eos>."""
-    array = np.load(io.BytesIO(sample.members[TOKENS_EXTENSION]), allow_pickle=False)
-    return torch.from_numpy(array.astype(np.int64))
+    """The token ids as int64 (T), with <bos> and <eos>. Raises FormatError or KeyError."""
+    ids = tokens.from_npy(bytes(sample.members[TOKENS_EXTENSION]), sample.where)
+    return torch.from_numpy(ids.astype(np.int64))

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess, parent_process
@@ -47,13 +47,14 @@ def run(
     tasks: Iterable[Task],
     workers: int,
     describe: Callable[[Task], str] = repr,
-) -> Iterator[tuple[Task, Result]]:
+) -> Generator[tuple[Task, Result], None, None]:
     """Yields `(task, function(task))` as tasks complete, in any order.
 
     `function`, tasks and results must pickle. `workers` spawned processes share the work; with 0
     it happens in this process. A task whose worker dies is tried up to `MAX_ATTEMPTS` times. An
     exception inside `function` is raised here. When the iteration ends, for whatever reason, so
-    do the workers; when this process is killed, they end themselves.
+    do the workers; who may leave it early closes it. When this process is killed, they end
+    themselves.
 
     Raises `UserError` naming a task, and what it noted last, that killed every worker it had.
     """
@@ -108,7 +109,7 @@ def run(
 
 def progress(
     results: Iterable[Result], total: int, unit: str, count: Callable[[Result], int]
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Passes `results` through and shows on stderr how many of `total` units are done.
 
     A bar on a terminal; elsewhere a line every few seconds, and none for quick work.

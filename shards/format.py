@@ -100,8 +100,9 @@ class Manifest:
         return sum(shard.samples for shard in self.splits[split])
 
     def to_json(self) -> str:
-        body = {"format": "pixloom", "version": FORMAT_VERSION, **dataclasses.asdict(self)}
-        return json.dumps({**body, "data_digest": self.data_digest}, indent=1) + "\n"
+        head = {"format": "pixloom", "version": FORMAT_VERSION}
+        body = {**head, **dataclasses.asdict(self), "data_digest": self.data_digest}
+        return json.dumps({**body, "manifest_sha256": _digest(body)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
@@ -115,23 +116,28 @@ class Manifest:
                     f"{where}: format version {body['version']}, this pixloom reads "
                     f"{FORMAT_VERSION}; pack the dataset again or install the other version"
                 )
+            claimed = body.pop("manifest_sha256", None)
             image, tokenizer = body["image"], body["tokenizer"]
             manifest = cls(
                 kind=body["kind"],
                 splits={
-                    str(split): tuple(ShardEntry(**shard) for shard in shards)
+                    str(split): tuple(_shard_entry(shard) for shard in shards)
                     for split, shards in body["splits"].items()
                 },
                 image=ImagePolicy(**{**image, "background": tuple(image["background"])}),
                 tokenizer=TokenizerEntry(**tokenizer) if tokenizer is not None else None,
-                skips=dict(body["skips"]),
+                skips=_skips(body["skips"]),
                 plan_hash=str(body["plan_hash"]),
             )
-            digest = manifest.data_digest
-        except (KeyError, TypeError, AttributeError) as error:
+        except FormatError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FormatError(f"{where}: damaged manifest ({error!r})") from error
-        if digest != body.get("data_digest"):
-            raise FormatError(f"{where}: the manifest's own digest does not match; it was edited")
+        if claimed != _digest(body) or body.get("data_digest") != manifest.data_digest:
+            raise FormatError(
+                f"{where}: the manifest's own digest does not match; it was edited: run "
+                "`pixloom pack` again"
+            )
         return manifest
 
 
@@ -158,13 +164,15 @@ class Receipt:
             if body["version"] != FORMAT_VERSION:
                 raise FormatError(f"{where}: receipt of another format version")
             receipt = cls(
-                shard=ShardEntry(**body["shard"]),
-                crc32=tuple(body["crc32"]),
-                num_tokens=tuple(body["num_tokens"]),
-                skips=dict(body["skips"]),
+                shard=_shard_entry(body["shard"]),
+                crc32=tuple(_count(number) for number in body["crc32"]),
+                num_tokens=tuple(_count(number) for number in body["num_tokens"]),
+                skips=_skips(body["skips"]),
                 plan_hash=str(body["plan_hash"]),
             )
-        except (KeyError, TypeError) as error:
+        except FormatError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FormatError(f"{where}: damaged receipt ({error!r})") from error
         if len(receipt.crc32) != receipt.shard.samples:
             raise FormatError(f"{where}: damaged receipt (crc32 of another number of samples)")
@@ -234,6 +242,28 @@ def parse_index(text: str, where: str) -> list[SampleSpan]:
             raise FormatError(f"{where}: sample {key}: offset or size out of range")
         spans.append(SampleSpan(key, members))
     return spans
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _shard_entry(body: Mapping[str, Any]) -> ShardEntry:
+    entry = ShardEntry(**body)
+    for number in (entry.samples, entry.bytes):
+        _count(number)
+    return entry
+
+
+def _skips(body: Mapping[str, Any]) -> dict[str, int]:
+    return {str(cause): _count(number) for cause, number in body.items()}
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value
 
 
 def _object(text: str, where: str) -> dict[str, Any]:

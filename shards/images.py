@@ -24,6 +24,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 65_535
 MAX_FILE_BYTES = 512 * 2**20
+MAX_ENCODED_SIDES = {"jpeg": 65_500, "webp": 16_383}
+"""Pixels of a side above which these encoders give up."""
 
 _EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -84,6 +86,11 @@ def make_policy(
         raise UserError("--encode keep keeps the file's bytes; drop it or --size")
     if size is not None and size[0] * size[1] > MAX_PIXELS:
         raise UserError(f"--size {size[0]}x{size[1]}: more than {MAX_PIXELS} pixels")
+    if size is not None and max(size) > _max_side(encode):
+        raise UserError(
+            f"--size {size[0]}x{size[1]}: a side of {encode or 'png'} has at most "
+            f"{_max_side(encode)} pixels"
+        )
     if encode == "jpeg" and channels == 4:
         raise UserError("--encode jpeg has no alpha channel; use png or webp with --channels 4")
     chosen_fit = fit or ("none" if size is None else "stretch")
@@ -102,7 +109,7 @@ def make_policy(
 def read_size(data: bytes) -> tuple[int, int]:
     """The upright (width, height) that the header states. Raises `ImageRefused`."""
     with _opened(data, FORMATS) as image:
-        return _upright_size(image)
+        return _upright_size(image.size, _orientation(image))
 
 
 def read_channels(data: bytes) -> int:
@@ -116,14 +123,16 @@ def fit_and_encode(data: bytes, policy: ImagePolicy) -> PackedImage:
 
     With `encode` = `keep` the bytes stay as they are where they already are what training reads:
     one upright PNG, JPEG or WEBP frame in the mode of `policy.channels`. Otherwise the image is
-    encoded as PNG, which loses nothing. Of an animation the first frame is taken.
+    encoded as PNG, which loses nothing. Of an animation the first frame is taken. Running out of
+    memory says nothing about an image, and stays a `MemoryError`.
     """
     with _opened(data, FORMATS) as image, _refusing():
+        orientation = _orientation(image)
         image.load()
-        width, height = _upright_size(image)
-        if policy.encode == "keep" and _is_plain(image, _MODES[policy.channels]):
+        width, height = _upright_size(image.size, orientation)
+        turn = _TURNS.get(orientation)
+        if policy.encode == "keep" and turn is None and _is_plain(image, _MODES[policy.channels]):
             return PackedImage(_EXTENSIONS[str(image.format)], data, width, height)
-        turn = _TURNS.get(_orientation(image))
         upright = image.transpose(turn) if turn is not None else image
         fitted = _fit(_convert(upright, str(image.format), policy), policy)
         extension, encoded = _encode(fitted, policy)
@@ -136,6 +145,17 @@ def decode(data: bytes, channels: int) -> NDArray[np.uint8]:
         mode = _MODES[channels]
         pixels = np.asarray(image if image.mode == mode else image.convert(mode))
         return cast(NDArray[np.uint8], pixels.reshape(image.height, image.width, channels))
+
+
+@contextmanager
+def memory_explained(name: str) -> Iterator[None]:
+    """Turns a MemoryError into a `UserError` naming the image that was worked on."""
+    try:
+        yield
+    except MemoryError as error:
+        raise UserError(
+            f"{name!r}: not enough memory to decode it; use fewer --workers, or remove it"
+        ) from error
 
 
 @contextmanager
@@ -152,8 +172,9 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
         except Image.DecompressionBombError as error:
             raise ImageRefused("too_large") from error
         except Exception as error:
+            cause = _cause(error)
             known = _MAGIC.match(data) is not None
-            raise ImageRefused(_cause(error) if known else "unsupported_format") from error
+            raise ImageRefused(cause if known else "unsupported_format") from error
         with image:
             if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
                 raise ImageRefused("too_large")
@@ -174,20 +195,35 @@ def _refusing() -> Iterator[None]:
 
 
 def _cause(error: Exception) -> str:
+    # Decoders written in C have their own way to say it.
+    if isinstance(error, MemoryError) or str(error).startswith("out of memory"):
+        raise MemoryError(str(error)) from error
     return "truncated" if "truncated" in str(error).lower() else "corrupt"
 
 
 def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation that an image just opened states before its pixels.
+
+    Asked for before `load`, always: that reads on, and a PNG may carry more metadata at its end.
+    """
+    if image.format == "TIFF":
+        return 1  # Pillow turns these itself, and states the upright size.
     try:
         # The base class's method: that of PNG decodes the whole image in search of metadata.
         return int(Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1))
+    except MemoryError:
+        raise
     except Exception:
         return 1  # Damaged metadata says nothing about the pixels.
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+def _upright_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    width, height = size
+    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
+
+
+def _max_side(encode: str | None) -> int:
+    return MAX_ENCODED_SIDES.get(encode or "png", MAX_SIDE)
 
 
 def _is_plain(image: Image.Image, mode: str) -> bool:
@@ -196,7 +232,6 @@ def _is_plain(image: Image.Image, mode: str) -> bool:
         and image.mode == mode
         and "transparency" not in image.info
         and not getattr(image, "is_animated", False)
-        and _orientation(image) not in _TURNS
     )
 
 
@@ -244,6 +279,8 @@ def _paint(policy: ImagePolicy, mode: str) -> int | tuple[int, ...]:
 
 
 def _encode(image: Image.Image, policy: ImagePolicy) -> tuple[str, bytes]:
+    if max(image.size) > _max_side(policy.encode):
+        raise ImageRefused("too_large")
     # The same pixels give the same bytes: metadata stays out, every encoder setting is stated.
     image = image.copy()
     image.info = {}

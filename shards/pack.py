@@ -14,7 +14,9 @@ import sys
 import tarfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -171,8 +173,10 @@ def pack(
     records, refused = plan.scan(source, listing, workers)
     skips = sorted((*listing.skips, *refused), key=lambda skip: (skip.cause, skip.name))
     if not records:
-        raise UserError(f"{source}: nothing to pack there ({describe_skips(skips)})")
-    _check_max_bad(skips, max_bad)
+        found = describe_skips(plan.causes(skips), skips)
+        raise UserError(f"{source}: nothing to pack there ({found})")
+    by_cause = Counter(plan.causes(skips))
+    _check_max_bad(by_cause, skips, max_bad)
     dealt = plan.deal(records, plan.parse_split(options.split), options.seed)
     if options.kind == "pairs" and tokenizer_json is None:
         training = [one.pair.code for group in dealt["train"] for one in group]
@@ -182,14 +186,15 @@ def pack(
     if tokenizer_json is not None:
         sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
     new = plan.make_plan(options, dealt, skips, sha256)
-    _refuse_foreign(out)
+    _refuse_foreign(out, new)
     with storage.exclusive(out) as scratch:
         _settle(out, new, overwrite)
-        if not storage.exists(join(out, PLAN_NAME)):
-            storage.publish_text(new.to_json(), join(out, PLAN_NAME))
         if tokenizer_json is not None:
             _publish_tokenizer(out, tokenizer_json)
         receipts = _valid_receipts(out, new, workers)
+        for receipt in receipts.values():
+            by_cause.update(receipt.skips)
+        _check_max_bad(by_cause, skips, max_bad)
         todo = [
             ShardTask(
                 source=source.absolute(),
@@ -207,24 +212,31 @@ def pack(
         if todo:
             storage.remove(join(out, MANIFEST_NAME))
         total = sum(len(task.shard.samples) for task in todo)
-        written = engines.run(write_shard, todo, workers, lambda task: task.shard.name)
-        shown = engines.progress(written, total, "packed", lambda done: len(done[0].shard.samples))
-        for task, (receipt, shard_skips) in shown:
-            receipts[task.shard.name] = receipt
-            skips += shard_skips
-            _check_max_bad(skips, max_bad)
+        # Closed before the folder is given up: no worker still writes there then.
+        with (
+            closing(engines.run(write_shard, todo, workers, _name_of)) as written,
+            closing(engines.progress(written, total, "packed", _count_samples)) as shown,
+        ):
+            for task, (receipt, shard_skips) in shown:
+                receipts[task.shard.name] = receipt
+                skips += shard_skips
+                by_cause.update(receipt.skips)
+                _check_max_bad(by_cause, skips, max_bad)
         manifest = _make_manifest(out, new, receipts, tokenizer_json)
         _publish_manifest(out, manifest)
     return Packed(manifest, new, len(todo), tuple(skips), listing.num_other_files)
 
 
-def describe_skips(skips: Sequence[Skip]) -> str:
-    """Causes with their counts and first names, as in `2 corrupt: 'a.png', 'b.png'`."""
+def describe_skips(counts: Mapping[str, int], skips: Sequence[Skip]) -> str:
+    """Causes with their counts and first names, as in `2 corrupt: 'a.png', 'b.png'`.
+
+    `skips` may be fewer than `counts`: receipts of shards written earlier hold no names.
+    """
     parts = []
-    for cause, count in plan.causes(skips).items():
-        names = [ascii(skip.name) for skip in skips if skip.cause == cause]
-        more = ", ..." if count > SHOWN_NAMES else ""
-        parts.append(f"{count} {cause}: {', '.join(names[:SHOWN_NAMES])}{more}")
+    for cause, count in sorted(counts.items()):
+        names = [ascii(skip.name) for skip in skips if skip.cause == cause][:SHOWN_NAMES]
+        more = ["..."] if names and count > len(names) else []
+        parts.append(f"{count} {cause}" + (f": {', '.join(names + more)}" if names else ""))
     return "; ".join(parts)
 
 
@@ -233,7 +245,8 @@ def _make_members(
 ) -> dict[str, bytes] | Skip:
     data = _read_planned(task.source, sample.image, sample.image_sha256)
     try:
-        image = images.fit_and_encode(data, task.image)
+        with images.memory_explained(f"{task.source}/{sample.image}"):
+            image = images.fit_and_encode(data, task.image)
     except images.ImageRefused as refused:
         return Skip(refused.cause, sample.image)
     about = {
@@ -272,14 +285,23 @@ def _load_tokenizer(url: str, sha256: str) -> Tokenizer:
     return tokens.load_tokenizer(text, url)
 
 
-def _check_max_bad(skips: Sequence[Skip], max_bad: int | None) -> None:
-    if max_bad is not None and len(skips) > max_bad:
+def _name_of(task: ShardTask) -> str:
+    return task.shard.name
+
+
+def _count_samples(done: tuple[ShardTask, tuple[Receipt, list[Skip]]]) -> int:
+    return len(done[0].shard.samples)
+
+
+def _check_max_bad(counts: Counter[str], skips: Sequence[Skip], max_bad: int | None) -> None:
+    if max_bad is not None and counts.total() > max_bad:
         raise TooManyBadError(
-            f"{len(skips)} files skipped, --max-bad allows {max_bad}: {describe_skips(skips)}"
+            f"{counts.total()} files skipped, --max-bad allows {max_bad}: "
+            f"{describe_skips(counts, skips)}"
         )
 
 
-def _refuse_foreign(out: str) -> None:
+def _refuse_foreign(out: str, new: Plan) -> None:
     """Raises `UserError` for a place that holds something, but no pack of ours."""
     path = storage.local_path(out)
     if not path.exists():
@@ -287,45 +309,83 @@ def _refuse_foreign(out: str) -> None:
     if not path.is_dir():
         raise UserError(f"{out}: not a folder; choose another OUT")
     names = {entry.name for entry in path.iterdir() if not entry.name.endswith(SCRATCH_NAME)}
-    if names and PLAN_NAME not in names:
+    if names and not (plan.is_marked(_read_plan(out)) or _is_vouched_for(out, new)):
         raise UserError(f"{out}: not empty, and not begun by pack; choose another OUT")
 
 
-def _settle(out: str, new: Plan, overwrite: bool) -> None:
-    """Makes room for `new`: nothing of another plan is left, or `UserError` says what differs."""
-    url = join(out, PLAN_NAME)
-    if not storage.exists(url):
-        return
-    old, found = None, []
+def _read_plan(out: str) -> str:
+    """The text of the plan on storage; empty without one, or where it is no text at all."""
     try:
-        old = Plan.from_json(storage.read_text(url), url)
-        if old.plan_hash == new.plan_hash and not overwrite:
-            return
-        found = plan.differences(old, new)
-    except FormatError as error:
-        found = [str(error)]
-    if not overwrite:
+        return storage.read_text(join(out, PLAN_NAME))
+    except (UserError, FormatError):
+        return ""
+
+
+def _is_vouched_for(out: str, new: Plan) -> bool:
+    """Whether the manifest, or the receipt of a shard, was made from `new`."""
+    with suppress(UserError, FormatError):
+        if storage.load_manifest(out).plan_hash == new.plan_hash:
+            return True
+    for shard in new.shards:
+        receipt = _read_receipt(out, shard)
+        if receipt is not None and receipt.plan_hash == new.plan_hash:
+            return True
+    return False
+
+
+def _read_receipt(out: str, shard: PlannedShard) -> Receipt | None:
+    url = join(out, shard.name.removesuffix(".tar") + ".json")
+    if storage.exists(url):
+        with suppress(FormatError):
+            return Receipt.from_json(storage.read_text(url), url)
+    return None
+
+
+def _settle(out: str, new: Plan, overwrite: bool) -> None:
+    """Makes `new` the plan on storage: nothing of another one is left.
+
+    Raises `UserError` saying what differs when there is another one, and no `overwrite`.
+    """
+    url = join(out, PLAN_NAME)
+    old, found = None, []
+    if storage.exists(url):
+        try:
+            old = Plan.from_json(_read_plan(out), url)
+            if old.plan_hash == new.plan_hash and not overwrite:
+                return
+            found = plan.differences(old, new)
+        except FormatError as error:
+            found = [str(error)]
+    if found and not overwrite and (old is not None or not _is_vouched_for(out, new)):
         raise UserError(
             f"{out}: holds another pack ({'; '.join(found)}); give --overwrite to replace it, or "
             "choose another OUT"
         )
-    # Deleted in the reverse of the order in which they vouch for each other; the plan goes last,
-    # so that what a kill leaves is still known as ours.
+    if overwrite:
+        _remove_pack(out, (old or new).shards, all_listed=old is None)
+    storage.publish_text(new.to_json(), url)
+
+
+def _remove_pack(out: str, shards: Sequence[PlannedShard], all_listed: bool) -> None:
+    """Deletes what a pack of `shards`, or of those the manifest lists, wrote, but for the plan.
+
+    In the reverse of the order in which files vouch for each other; the plan stays until another
+    takes its place, so that what a kill leaves is still known as ours.
+    """
+    names = {shard.name for shard in shards}
+    if all_listed:
+        with suppress(UserError, FormatError):
+            listed = storage.load_manifest(out).splits.values()
+            names |= {entry.name for entries in listed for entry in entries}
     storage.remove(join(out, MANIFEST_NAME))
-    root = storage.local_path(out)
-    shards = sorted(
-        path.with_suffix("")
-        for path in root.glob("*/*")
-        if re.fullmatch(r"[0-9]{6}\.(json|tar|idx)", path.name)
-    )
     for suffix in (".json", ".tar", ".idx"):
-        for shard in shards:
-            shard.with_suffix(suffix).unlink(missing_ok=True)
-    for folder in {shard.parent for shard in shards}:
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        for name in sorted(names):
+            storage.remove(join(out, name.removesuffix(".tar") + suffix))
+    for split in {name.partition("/")[0] for name in names}:
+        # Not where someone else has put something.
+        with suppress(OSError):
+            storage.local_path(join(out, split)).rmdir()
     storage.remove(join(out, TOKENIZER_NAME))
-    storage.remove(url)
 
 
 def _publish_tokenizer(out: str, text: str) -> None:
@@ -338,15 +398,16 @@ def _valid_receipts(out: str, new: Plan, workers: int) -> dict[str, Receipt]:
     """Receipts of this plan whose shard and index are on storage as they say."""
     claimed = {}
     for shard in new.shards:
-        url = join(out, shard.name.removesuffix(".tar") + ".json")
-        if storage.exists(url):
-            try:
-                receipt = Receipt.from_json(storage.read_text(url), url)
-            except FormatError:
-                continue
-            if receipt.plan_hash == new.plan_hash and receipt.shard.name == shard.name:
-                claimed[shard.name] = receipt
-    checks = [verify.ShardCheck(out, receipt.shard, new.plan_hash) for receipt in claimed.values()]
+        receipt = _read_receipt(out, shard)
+        if receipt is None:
+            continue
+        if receipt.plan_hash == new.plan_hash and receipt.shard.name == shard.name:
+            claimed[shard.name] = receipt
+    has_tokens = new.tokenizer_sha256 is not None
+    checks = [
+        verify.ShardCheck(out, receipt.shard, new.plan_hash, has_tokens)
+        for receipt in claimed.values()
+    ]
     results = engines.run(verify.check_shard, checks, workers, lambda check: check.entry.name)
     return {
         check.entry.name: claimed[check.entry.name] for check, problems in results if not problems
@@ -472,8 +533,10 @@ def _parser() -> argparse.ArgumentParser:
         default="train=.8,val=.1,test=.1",
         metavar="NAME=PART,...",
         help="a PART up to 1 is a share, a whole number from 2 on a number of groups, `rest` what "
-        "others leave; a group is all samples that share an image or a program, so test=250 has "
-        "exactly 250 distinct programs. Shares are of what the numbers leave. As in "
+        "others leave; a group is all samples that share an image or a program: image files equal "
+        "byte for byte, or programs equal word for word, so neither is in two splits (equal "
+        "pixels in different files are not noticed). Shares are of what the numbers leave. Parts "
+        "are dealt before images are decoded, so a broken image can leave a group empty. As in "
         "train=rest,val=50,test=250, or test=1 for everything (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="of the splits and of the order (default: 0)")
@@ -620,10 +683,10 @@ def _describe(packed: Packed, row: Mapping[str, object]) -> str:
     for split in manifest.splits:
         groups = packed.plan.num_groups[split]
         num_shards = len(manifest.splits[split])
-        what = "programs" if manifest.kind == "pairs" else "images"
         lines.append(
-            f"{split}: {manifest.num_samples(split)} samples of {groups} distinct {what} "
-            f"in {num_shards} {'shard' if num_shards == 1 else 'shards'}"
+            f"{split}: {manifest.num_samples(split)} samples in {groups} "
+            f"{'group' if groups == 1 else 'groups'}, "
+            f"{num_shards} {'shard' if num_shards == 1 else 'shards'}"
         )
     if manifest.tokenizer is not None:
         lines.append(
@@ -658,9 +721,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         if packed.manifest.skips:
             total = sum(packed.manifest.skips.values())
-            earlier = total - len(packed.skips)
-            note = f"; {earlier} in shards written earlier" if earlier else ""
-            print(f"skipped {total}: {describe_skips(packed.skips)}{note}", file=sys.stderr)
+            found = describe_skips(packed.manifest.skips, packed.skips)
+            print(f"skipped {total}: {found}", file=sys.stderr)
         row = _report(args.out, packed, time.monotonic() - start)
         print(json.dumps(row) if args.json else _describe(packed, row))
         return 0

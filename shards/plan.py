@@ -3,6 +3,9 @@
 `scan` looks at every raw sample once; from there on all is pure: samples that share an image or a
 program form a group, groups are dealt to splits, samples are shuffled and cut into shards. The
 result, `Plan`, depends on the inputs and the options alone; `shards.pack` carries it out.
+
+Images are the same when their files are equal byte for byte, programs when their words are equal
+in their order, whatever the white space. Equal pixels in different files are different images.
 """
 
 import collections
@@ -23,6 +26,7 @@ from shards.sources import Listing, RawPair, Skip
 from shards.storage import UserError
 
 PLAN_VERSION = 1
+PLAN_FORMAT = "pixloom plan"
 MAX_CODE_BYTES = 16 * 2**20
 CHUNK = 64
 
@@ -87,7 +91,7 @@ class Plan:
     shards: tuple[PlannedShard, ...]
     skips: tuple[Skip, ...]
     num_groups: Mapping[str, int]
-    """Distinct programs, or images, of each split: duplicates of one count once."""
+    """Groups dealt to each split, before their images are decoded: one may turn out empty."""
 
     @cached_property
     def plan_hash(self) -> str:
@@ -99,7 +103,7 @@ class Plan:
         return list(self.num_groups)
 
     def to_json(self) -> str:
-        head = {"version": PLAN_VERSION, "plan_hash": self.plan_hash}
+        head = {"format": PLAN_FORMAT, "version": PLAN_VERSION, "plan_hash": self.plan_hash}
         return json.dumps({**head, **self._body()}, separators=(",", ":")) + "\n"
 
     @classmethod
@@ -107,6 +111,8 @@ class Plan:
         """Raises `FormatError` naming `where` when the text is no plan of this version."""
         try:
             body = json.loads(text)
+            if body.get("format") != PLAN_FORMAT:
+                raise FormatError(f"{where}: not a pixloom plan")
             if body["version"] != PLAN_VERSION:
                 raise FormatError(f"{where}: a plan of another version; pack with --overwrite")
             options = body["options"]
@@ -121,11 +127,11 @@ class Plan:
                 skips=tuple(Skip(cause, name) for cause, name in body["skips"]),
                 num_groups=body["num_groups"],
             )
+        except FormatError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, FormatError):
-                raise
             raise FormatError(f"{where}: damaged plan ({error!r})") from error
-        if plan.plan_hash != body["plan_hash"]:
+        if plan.plan_hash != body.get("plan_hash"):
             raise FormatError(f"{where}: the plan's own hash does not match; it was edited")
         return plan
 
@@ -143,17 +149,28 @@ class Plan:
         }
 
 
+def is_marked(text: str) -> bool:
+    """Whether `text` begins as every plan does, and so was a plan even where it is damaged."""
+    return text.startswith(json.dumps({"format": PLAN_FORMAT}, separators=(",", ":"))[:-1])
+
+
 def parse_split(text: str) -> SplitSpec:
     """Reads `train=.8,val=.1,test=.1`, `train=rest,val=50,test=250` or `test=1`.
 
+    A name has 1 to 32 characters of a-z, 0-9, _ and -, for it becomes a folder and a part of keys.
     A whole number from 2 on counts groups. A share (1 is all) is of what the counts leave; shares
     must add up to 1, or leave something to one `rest`. Raises `UserError`.
     """
     spec: dict[str, int | Decimal | None] = {}
     for part in text.split(","):
         name, equals, value = part.strip().partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name in spec:
+        if not equals or name in spec:
             raise UserError(f"--split {text}: write each split once, as in train=.8")
+        if not re.fullmatch(r"[a-z0-9_-]{1,32}", name):
+            raise UserError(
+                f"--split {text}: {name[:40]!r}: name a split with 1 to 32 characters of a-z, 0-9, "
+                "_ and -"
+            )
         if value == "rest":
             spec[name] = None
         elif re.fullmatch(r"[0-9]{1,12}", value) and int(value) >= 2:
@@ -226,7 +243,7 @@ def count_words(root: Path, names: Sequence[str], workers: int) -> collections.C
 def group_records(records: Sequence[Record]) -> list[list[Record]]:
     """Records that share an image or a program, directly or through others, form one group.
 
-    So no image and no program of one split is seen in another.
+    So no image file and no sequence of words of one split is seen in another.
     """
     parents = list(range(len(records)))
 
@@ -334,11 +351,15 @@ def differences(old: Plan, new: Plan) -> list[str]:
 
 def _scan_chunk(task: tuple[Path, Sequence[RawPair], int]) -> list[Record | Skip]:
     root, pairs, _ = task
-    return [_scan_pair(root, pair) for pair in pairs]
+    found = []
+    for pair in pairs:
+        engines.note(pair.image)
+        with images.memory_explained(f"{root}/{pair.image}"):
+            found.append(_scan_pair(root, pair))
+    return found
 
 
 def _scan_pair(root: Path, pair: RawPair) -> Record | Skip:
-    engines.note(pair.image)
     try:
         if (root / pair.image).stat().st_size > images.MAX_FILE_BYTES:
             return Skip("too_large", pair.image)

@@ -53,10 +53,15 @@ def list_folder(root: Path, kind: Kind | None = None, code_suffix: str | None = 
     `images` holds images alone. Without `kind`, a folder in which code lies beside images is one
     of pairs. Hidden files are ignored, links and special files never followed or opened.
 
-    Raises `UserError` when there is no folder, no image, or no telling what the code is.
+    Raises `UserError` when there is no folder, no image, or no telling what the code is, and for a
+    code suffix with `images`.
     """
     if not root.is_dir():
         raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
+    if kind == "images" and code_suffix is not None:
+        raise UserError(
+            f"--code-suffix {code_suffix}: --kind images packs no code; drop one of them"
+        )
     if code_suffix in IMAGE_SUFFIXES:
         raise UserError(f"--code-suffix {code_suffix}: that is an image's suffix")
     try:
@@ -150,7 +155,7 @@ def _without_case_collisions(names: Mapping[str, str], skips: list[Skip]) -> lis
     """
     kept: dict[str, str] = {}
     for key, name in names.items():
-        if kept.setdefault(key.casefold(), name) != name:
+        if kept.setdefault(key.lower(), name) != name:
             skips.append(Skip("case_collision", name))
     return list(kept.values())
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from shards import engines
-from shards.storage import UserError, command, exclusive, local_path, publish_text
+from shards.storage import UserError, command, exclusive, explained, local_path, publish_text
 
 MARKER_NAME = ".pixloom-synth.json"
 DRAWING_VERSION = 1
@@ -108,10 +108,11 @@ def write_sample(folder: Path, seed: int, number: int) -> None:
         return
     # Renamed when complete: a killed run can be continued without looking into its files.
     temporary = folder / f".{number:06d}.{os.getpid()}.pixloom-tmp"
-    draw_screen(program, rng).save(temporary, format="PNG", compress_level=3)
-    temporary.replace(image_path)
-    temporary.write_text(program.to_gui(), encoding="utf-8")
-    temporary.replace(code_path)
+    with explained(str(folder)):
+        draw_screen(program, rng).save(temporary, format="PNG", compress_level=3)
+        temporary.replace(image_path)
+        temporary.write_text(program.to_gui(), encoding="utf-8")
+        temporary.replace(code_path)
 
 
 def write_chunk(task: tuple[str, int, int, int]) -> int:

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from shards.format import (
     BOS,
     EOS,
     IMAGE_EXTENSIONS,
+    MANIFEST_NAME,
     PLAN_NAME,
     TAR_BLOCK_BYTES,
     TOKENS_EXTENSION,
@@ -31,9 +33,10 @@ from shards.format import (
     Receipt,
     SampleSpan,
     ShardEntry,
+    TokenizerEntry,
     parse_index,
 )
-from shards.plan import Plan
+from shards.plan import Plan, causes
 from shards.storage import UserError, command, join
 
 MAX_PROBLEMS_PER_SHARD = 20
@@ -46,6 +49,7 @@ class ShardCheck:
     root: str
     entry: ShardEntry
     plan_hash: str
+    has_tokens: bool
     image: ImagePolicy | None = None
     tokenizer_json: str | None = None
 
@@ -59,26 +63,33 @@ def check_shard(task: ShardCheck) -> list[str]:
         tar = storage.read_bytes(join(task.root, name))
     except UserError as error:
         return [*problems, f"{name}: cannot be read ({error})"]
+    whole = False
     if len(tar) != task.entry.bytes:
         problems.append(f"{name}: {len(tar)} bytes, the manifest says {task.entry.bytes}")
     elif hashlib.sha256(tar).hexdigest() != task.entry.sha256:
         problems.append(f"{name}: its SHA-256 is not the manifest's")
-    spans: list[SampleSpan] = []
+    else:
+        whole = True
+    spans = None
     try:
         spans = read_spans(tar, name)
     except FormatError as error:
         problems.append(str(error))
-    if spans and len(spans) != task.entry.samples:
+    if spans is not None and len(spans) != task.entry.samples:
         problems.append(f"{name}: {len(spans)} samples, the manifest says {task.entry.samples}")
     index = _check_index(task, problems)
-    if index is not None and spans and index != spans:
+    if index is not None and spans is not None and index != spans:
         problems.append(f"{task.entry.index_name}: does not describe {name}")
-    if problems and receipt is not None and index is not None:
-        problems += _damaged_samples(tar, name, index, receipt)
-    if task.image is not None and spans and not problems:
+    located = spans if whole else index
+    if receipt is not None and located is not None:
+        problems += _wrong_crc32s(tar, located, task.entry, receipt, whole)
+    if spans is not None and receipt is not None and not problems:
         for at, span in enumerate(spans):
-            num_tokens = receipt.num_tokens[at] if receipt and receipt.num_tokens else None
-            problem = _check_sample(tar, span, task, num_tokens)
+            num_tokens = receipt.num_tokens[at] if task.has_tokens else None
+            problem = _count_tokens(tar, span, num_tokens, task.entry.receipt_name)
+            if problem is None and task.image is not None:
+                with images.memory_explained(f"{task.root}/{name}: {span.key}"):
+                    problem = _check_sample(tar, span, task, num_tokens)
             if problem is not None:
                 problems.append(f"{name}: {span.key}: {problem}")
     if len(problems) > MAX_PROBLEMS_PER_SHARD:
@@ -111,6 +122,8 @@ def read_spans(tar: bytes, where: str) -> list[SampleSpan]:
             raise FormatError(f"{where}: the members of {key} are not adjacent")
         last_key = key
         offset += TAR_BLOCK_BYTES
+        if info.size < 0:
+            raise FormatError(f"{where}: {info.name} has a negative size")
         if offset + info.size > len(tar):
             raise FormatError(f"{where}: cut off inside {info.name}")
         members.setdefault(key, []).append(Member(extension, offset, info.size))
@@ -124,20 +137,24 @@ def check_dataset(root: str, deep: bool, workers: int) -> tuple[Manifest, list[s
     """The manifest and all problems found. Raises `UserError` or `FormatError` without one."""
     manifest = storage.load_manifest(root)
     problems: list[str] = []
+    plan_url = join(root, PLAN_NAME)
     try:
-        plan_url = join(root, PLAN_NAME)
-        if Plan.from_json(storage.read_text(plan_url), plan_url).plan_hash != manifest.plan_hash:
+        plan = Plan.from_json(storage.read_text(plan_url), plan_url)
+        if plan.plan_hash != manifest.plan_hash:
             problems.append(f"{PLAN_NAME}: not the plan that the manifest was made from")
+        else:
+            _check_totals(root, manifest, plan, problems)
     except (UserError, FormatError) as error:
         problems.append(str(error))
     tokenizer_json = None
     if manifest.tokenizer is not None:
-        tokenizer_json = _check_tokenizer(root, manifest, problems)
+        tokenizer_json = _check_tokenizer(root, manifest.tokenizer, problems)
     checks = [
         ShardCheck(
             root,
             entry,
             manifest.plan_hash,
+            manifest.tokenizer is not None,
             manifest.image if deep else None,
             tokenizer_json if deep else None,
         )
@@ -162,6 +179,12 @@ def _check_receipt(task: ShardCheck, problems: list[str]) -> Receipt | None:
         return None
     if receipt.shard != task.entry or receipt.plan_hash != task.plan_hash:
         problems.append(f"{task.entry.receipt_name}: is of another shard than the manifest's")
+    expected = task.entry.samples if task.has_tokens else 0
+    if len(receipt.num_tokens) != expected:
+        problems.append(
+            f"{task.entry.receipt_name}: token counts of {len(receipt.num_tokens)} samples, "
+            f"not of {expected}"
+        )
     return receipt
 
 
@@ -174,32 +197,83 @@ def _check_index(task: ShardCheck, problems: list[str]) -> list[SampleSpan] | No
         return None
 
 
-def _check_tokenizer(root: str, manifest: Manifest, problems: list[str]) -> str | None:
-    entry = manifest.tokenizer
-    assert entry is not None
+def _check_totals(root: str, manifest: Manifest, plan: Plan, problems: list[str]) -> None:
+    """What the manifest sums up: the skips of plan and receipts, and the longest sample."""
+    listed = {entry.name for entries in manifest.splits.values() for entry in entries}
+    skips = Counter(causes(plan.skips))
+    longest = 0
+    damaged = False
+    for shard in plan.shards:
+        name = shard.name.removesuffix(".tar") + ".json"
+        try:
+            receipt = Receipt.from_json(storage.read_text(join(root, name)), name)
+        except (UserError, FormatError) as error:
+            damaged = True
+            if shard.name not in listed:  # Others are named where their shard is checked.
+                problems.append(str(error))
+            continue
+        skips.update(receipt.skips)
+        longest = max(longest, *receipt.num_tokens, 0)
+    if damaged:
+        return
+    if skips != Counter(manifest.skips):
+        problems.append(f"{MANIFEST_NAME}: its skips are not those of plan and receipts")
+    if manifest.tokenizer is not None and manifest.tokenizer.longest != longest:
+        problems.append(
+            f"{MANIFEST_NAME}: says that the longest sample has {manifest.tokenizer.longest} "
+            f"tokens, the receipts say {longest}"
+        )
+
+
+def _check_tokenizer(root: str, entry: TokenizerEntry, problems: list[str]) -> str | None:
     try:
         data = storage.read_bytes(join(root, entry.file))
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             problems.append(f"{entry.file}: its SHA-256 is not the manifest's")
             return None
-        tokens.load_tokenizer(data.decode(), entry.file)
+        vocab_size = tokens.load_tokenizer(data.decode(), entry.file).get_vocab_size()
+        if vocab_size != entry.vocab_size:
+            problems.append(
+                f"{MANIFEST_NAME}: says that the vocabulary has {entry.vocab_size} tokens, "
+                f"{entry.file} has {vocab_size}"
+            )
         return data.decode()
     except (UserError, FormatError, UnicodeDecodeError) as error:
         problems.append(str(error))
         return None
 
 
-def _damaged_samples(
-    tar: bytes, name: str, index: Sequence[SampleSpan], receipt: Receipt
+def _wrong_crc32s(
+    tar: bytes, spans: Sequence[SampleSpan], entry: ShardEntry, receipt: Receipt, whole: bool
 ) -> list[str]:
+    """Samples that are not as the receipt says; with a `whole` tar the receipt is wrong."""
+    name = entry.name
     lines = []
-    for span, crc32 in zip(index, receipt.crc32, strict=False):
+    for span, crc32 in zip(spans, receipt.crc32, strict=False):
         data = tar[span.offset : span.offset + span.size]
         if len(data) < span.size:
             lines.append(f"{name}: {span.key}: missing, the shard ends before it")
+        elif zlib.crc32(data) != crc32 and whole:
+            lines.append(f"{entry.receipt_name}: {span.key}: not its CRC-32 in {name}")
         elif zlib.crc32(data) != crc32:
             lines.append(f"{name}: {span.key}: damaged (CRC-32)")
     return lines
+
+
+def _count_tokens(
+    tar: bytes, span: SampleSpan, num_tokens: int | None, receipt_name: str
+) -> str | None:
+    found = [member for member in span.members if member.extension == TOKENS_EXTENSION]
+    if len(found) != (0 if num_tokens is None else 1):
+        return f"has {len(found)} members {TOKENS_EXTENSION}"
+    for member in found:
+        try:
+            count = tokens.count_npy(tar[member.offset : member.offset + member.size], "the tokens")
+        except FormatError as error:
+            return str(error)
+        if count != num_tokens:
+            return f"{count} tokens, {receipt_name} says {num_tokens}"
+    return None
 
 
 def _check_sample(

@@ -43,16 +43,16 @@ def pixels_of(data: bytes, channels: int = 3, **options: object) -> np.ndarray:
     return images.decode(packed.data, channels)
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    crc = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+
 def png_claiming(width: int, height: int) -> bytes:
     """A small PNG whose header claims any size."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        crc = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IDAT", zlib.compress(bytes(100)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+    body = png_chunk(b"IDAT", zlib.compress(bytes(100)))
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + body + png_chunk(b"IEND", b"")
 
 
 PNG = encoded(noise())
@@ -199,6 +199,73 @@ def test_exif_orientation_is_applied_once(orientation: int) -> None:
         7: turned[::-1, ::-1].swapaxes(0, 1), 8: turned[:, ::-1].swapaxes(0, 1),
     }  # fmt: skip
     assert (images.decode(packed.data, 3) == expected[orientation]).all()
+
+
+@pytest.mark.parametrize("place", ["IDAT", "IEND"])
+def test_an_orientation_after_the_pixels_is_nobodys(place: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    at = PNG.index(place.encode()) - 4
+    data = PNG[:at] + png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + PNG[at:]
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        assert image.getexif()[0x0112] == 6
+    size = (40, 60) if place == "IDAT" else (60, 40)
+    assert images.read_size(data) == size
+    shared = ImagePolicy(*size, 3, "none", "keep", 90, WHITE)  # As of a folder of this one alone.
+    packed = images.fit_and_encode(data, shared)
+    assert (packed.width, packed.height) == size
+    assert images.decode(packed.data, 3).shape == (size[1], size[0], 3)
+    assert (packed.data == data) == (place == "IEND")
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_the_size_of_a_turned_tiff_is_stated_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise(), "TIFF", exif=exif)
+    packed = images.fit_and_encode(data, policy())
+    assert images.read_size(data) == (packed.width, packed.height)
+    turns = {1: 0, 3: 2, 6: 3}[orientation]
+    assert (images.decode(packed.data, 3) == np.rot90(np.asarray(noise()), turns)).all()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory when reading image file")])
+@pytest.mark.parametrize(
+    "place", ["PIL.Image.open", "PIL.ImageFile.ImageFile.load", "PIL.Image.Image.getexif"]
+)
+def test_want_of_memory_is_not_the_fault_of_an_image(
+    place: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    if place.endswith("getexif") and not isinstance(error, MemoryError):
+        return
+    monkeypatch.setattr(place, fail)
+    with pytest.raises(MemoryError):
+        images.fit_and_encode(JPEG, policy())
+    with (
+        pytest.raises(UserError, match=r"'x\.jpg': not enough memory"),
+        images.memory_explained("x.jpg"),
+    ):
+        images.fit_and_encode(JPEG, policy())
+
+
+def test_pillow_says_that_a_decoder_has_no_memory_as_expected_here() -> None:
+    assert Image.core.getcodecstatus(-9).startswith("out of memory")
+
+
+@pytest.mark.parametrize(("encode", "side"), [("webp", 16_384), ("jpeg", 65_501), ("png", 65_536)])
+def test_a_side_that_an_encoder_has_no_room_for_is_refused(encode: str, side: int) -> None:
+    with pytest.raises(UserError, match=f"--size {side}x1: a side of {encode}"):
+        policy(size=(side, 1), encode=encode)
+    fitting = images.fit_and_encode(PNG, policy(size=(side - 1, 1), encode=encode))
+    assert images.read_size(fitting.data) == (side - 1, 1)
+    if side <= images.MAX_SIDE:
+        with pytest.raises(ImageRefused) as refused:
+            images.fit_and_encode(encoded(Image.new("RGB", (side, 1))), policy(encode=encode))
+        assert refused.value.cause == "too_large"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])

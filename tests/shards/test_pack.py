@@ -1,14 +1,20 @@
 import collections
+import contextlib
 import gc
 import io
 import json
 import os
+import random
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards import pack, storage, tokens
+from shards import engines, pack, storage, tokens
 from shards.format import Manifest, parse_index
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -188,8 +194,71 @@ def test_a_damaged_dataset_is_repaired(
     (out / "train" / "000001.idx").unlink()
     (out / "train" / "000002.json").write_text("{")
     (out / "tokenizer.json").unlink()
+    receipt = json.loads((out / "train" / "000003.json").read_text())
+    receipt["crc32"][1] ^= 1
+    (out / "train" / "000003.json").write_text(json.dumps(receipt))
     assert run(raw, out, "--shard-samples", 2) == 0
     assert hash_tree(out) == expected
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "junk", "not text"])
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_lost_plan_is_written_again_beside_what_was_made_from_it(
+    make_pairs: MakePairs, tmp_path: Path, hash_tree: HashTree, damage: str, is_finished: bool
+) -> None:
+    raw, out = make_pairs(10), tmp_path / "out"
+    assert run(raw, out, "--shard-samples", 2) == 0
+    expected = hash_tree(out)
+    plan_path, text = out / "plan.json", (out / "plan.json").read_text()
+    if damage == "missing":
+        plan_path.unlink()
+    else:
+        damaged = {"cut": text[: len(text) // 2].encode(), "junk": b"{}", "not text": b"\xff"}
+        plan_path.write_bytes(damaged[damage])
+    if not is_finished:
+        (out / "manifest.json").unlink()
+    written = {path: path.stat().st_mtime_ns for path in out.glob("*/*")}
+    assert run(raw, out, "--shard-samples", 3) == 2  # Another plan's: not ours to repair.
+    assert run(raw, out, "--shard-samples", 2) == 0
+    assert hash_tree(out) == expected
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/*")} == written
+
+
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_overwriting_removes_the_old_pack_and_nothing_else(
+    make_pairs: MakePairs,
+    tmp_path: Path,
+    hash_tree: HashTree,
+    monkeypatch: pytest.MonkeyPatch,
+    is_readable: bool,
+) -> None:
+    raw, out = make_pairs(20), tmp_path / "out"
+    assert run(raw, out, "--shard-samples", 2) == 0
+    notes = ["notes/000001.json", "train/000099.tar", "train/mine.txt"]
+    for name in notes:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    if not is_readable:
+        text = (out / "plan.json").read_text()
+        (out / "plan.json").write_text(text[: len(text) // 2])
+    removed = []
+    remove = storage.remove
+
+    def remove_beside_a_plan(url: str) -> None:
+        removed.append(url)
+        assert (out / "plan.json").exists()
+        remove(url)
+
+    monkeypatch.setattr(storage, "remove", remove_beside_a_plan)
+    arguments = ("--shard-samples", 20, "--split", "train=.5,test=.5", "--overwrite")
+    assert run(raw, out, *arguments) == 0
+    assert removed
+    assert not (out / "val").exists()
+    for name in notes:
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
+    assert run(raw, tmp_path / "fresh", *arguments) == 0
+    assert hash_tree(out) == hash_tree(tmp_path / "fresh")
 
 
 def test_a_change_is_named_and_overwritten_only_when_asked(
@@ -224,10 +293,16 @@ def test_what_is_not_a_pack_is_not_touched(
     other.mkdir()
     empty.mkdir()
     (other / "thesis.txt").write_text("years of work")
+    planned = tmp_path / "planned"
+    (planned / "train").mkdir(parents=True)
+    (planned / "plan.json").write_text('{"version": 1, "weekend": "hike"}')
+    (planned / "train" / "000000.json").write_text("{}")
     before = hash_tree(tmp_path)
     for arguments, named in [
         ((raw, other), "not empty"),
         ((raw, other, "--overwrite"), "not empty"),
+        ((raw, planned), "not empty"),
+        ((raw, planned, "--overwrite"), "not empty"),
         ((raw, other / "thesis.txt"), "not a folder"),
         ((raw, raw / "out"), "OUT lies in SOURCE"),
         ((raw, "s3://bucket/out"), "supported so far"),
@@ -238,6 +313,9 @@ def test_what_is_not_a_pack_is_not_touched(
         ((raw, tmp_path / "out", "--tokenizer", tmp_path / "none.json"), "none.json"),
         ((raw, tmp_path / "out", "--kind", "images", "--tokenizer", raw / "x"), "no code"),
         ((raw, tmp_path / "out", "--quality", 101), "--quality"),
+        ((raw, tmp_path / "out", "--split", "Train=1"), "'Train'"),
+        ((raw, tmp_path / "out", "--kind", "images", "--code-suffix", ".gui"), "--code-suffix"),
+        ((raw, tmp_path / "out", "--size", "16384x8", "--encode", "webp"), "16383"),
     ]:
         assert run(*arguments) == 2
         error = capsys.readouterr().err
@@ -290,6 +368,130 @@ def test_bad_files_are_skipped_counted_and_named(
     assert "--max-bad allows 7" in capsys.readouterr().err
     assert not (tmp_path / "strict" / "manifest.json").exists()
     assert run(raw, tmp_path / "strict", "--max-bad", 8) == 0
+
+
+def test_max_bad_counts_what_earlier_calls_skipped(
+    make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = make_pairs(8), tmp_path / "out"
+    good = (raw / "a" / "0001.png").read_bytes()
+    for number in range(2):  # Their headers are whole: only writing a shard finds them out.
+        (raw / f"cut{number}.png").write_bytes(good[: len(good) // 2 + number])
+        (raw / f"cut{number}.gui").write_text(f"cut {number}")
+    (raw / "zero.png").touch()
+    (raw / "zero.gui").write_text("zero")
+    arguments = (raw, out, "--shard-samples", 1, "--split", "train=1")
+    for _ in range(4):  # The skips of the calls before are in receipts.
+        assert run(*arguments, "--max-bad", 2) == 1
+        assert "3 files skipped, --max-bad allows 2: 1 empty" in capsys.readouterr().err
+        assert not (out / "manifest.json").exists()
+    assert run(*arguments, "--max-bad", 3) == 0
+    capsys.readouterr()
+    assert run(*arguments) == 0
+    assert capsys.readouterr().err == "skipped 3: 1 empty: 'zero.png'; 2 truncated\n"
+    assert run(*arguments, "--max-bad", 2) == 1
+
+
+def test_the_lock_is_held_until_no_worker_runs(
+    make_pairs: MakePairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, out = make_pairs(8), tmp_path / "out"
+    good = (raw / "a" / "0001.png").read_bytes()
+    (raw / "cut.png").write_bytes(good[: len(good) // 2])
+    (raw / "cut.gui").write_text("cut")
+    events = []
+    engine, exclusive = engines.run, storage.exclusive
+
+    def run_and_note(function: Any, tasks: Any, workers: int, describe: Any) -> Iterator[Any]:
+        try:
+            yield from engine(function, tasks, workers, describe)
+        finally:
+            if function is pack.write_shard:
+                events.append("workers ended")
+
+    @contextlib.contextmanager
+    def hold_and_note(root: str) -> Iterator[Path]:
+        with exclusive(root) as scratch:
+            try:
+                yield scratch
+            finally:
+                events.append("lock released")
+
+    monkeypatch.setattr(engines, "run", run_and_note)
+    monkeypatch.setattr(storage, "exclusive", hold_and_note)
+    arguments = (raw, out, "--shard-samples", 1, "--split", "train=1", "--max-bad", 0)
+    assert run(*arguments) == 1
+    assert events == ["workers ended", "lock released"]
+
+
+def test_want_of_memory_stops_the_pack_and_names_the_image(
+    make_pairs: MakePairs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    raw, out = make_pairs(8), tmp_path / "out"
+    for place in ("PIL.Image.open", "PIL.ImageFile.ImageFile.load"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fail_for_want_of_memory)
+            assert run(raw, out) == 2
+        error = capsys.readouterr().err
+        assert re.search(r"raw/\S+\.png': not enough memory", error)
+        assert error.count("\n") == 1
+        assert not (out / "manifest.json").exists()
+    assert run(raw, out) == 0
+    assert storage.load_manifest(str(out)).skips == {}
+
+
+def fail_for_want_of_memory(*arguments: object, **options: object) -> None:
+    raise MemoryError
+
+
+def test_a_bomb_and_names_that_collide_are_skipped(make_pairs: MakePairs, tmp_path: Path) -> None:
+    raw, out = make_pairs(8), tmp_path / "out"
+    png = (raw / "a" / "0001.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + png[24:29]
+    bomb = png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+    (raw / "bomb.png").write_bytes(bomb)
+    (raw / "bomb.gui").write_text("bomb")
+    for name in ("X", "x"):
+        (raw / "a" / f"{name}.png").write_bytes(png)
+        (raw / "a" / f"{name}.gui").write_text(f"program {name}")
+    assert run(raw, out) == 0
+    assert storage.load_manifest(str(out)).skips == {"case_collision": 1, "too_large": 1}
+    names = source_names(out)
+    assert "a/X.png" in names
+    assert not {"a/x.png", "bomb.png"} & set(names)
+
+
+def test_the_order_in_which_a_folder_is_listed_changes_nothing(
+    make_pairs: MakePairs, tmp_path: Path, hash_tree: HashTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = make_pairs(20)
+    for name in ("A.png", "a.PNG", "B.png", "b.webp"):
+        (raw / name).write_bytes((raw / "a" / "0001.png").read_bytes())
+        (raw / name).with_suffix(".gui").write_text(name)
+    (raw / "zero.png").touch()
+    assert run(raw, tmp_path / "sorted", "--shard-samples", 4) == 0
+    scandir, listdir = os.scandir, os.listdir
+    rng = random.Random(3)
+
+    @contextlib.contextmanager
+    def shuffled_scandir(path: Any) -> Iterator[Iterator[Any]]:
+        with scandir(path) as entries:
+            found = sorted(entries, key=lambda entry: str(entry.name))
+        rng.shuffle(found)
+        yield iter(found)
+
+    def shuffled_listdir(path: Any) -> list[str]:
+        return rng.sample(found := listdir(path), len(found))
+
+    for number in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", shuffled_scandir)
+            patch.setattr(os, "listdir", shuffled_listdir)
+            assert run(raw, tmp_path / str(number), "--shard-samples", 4) == 0
+        assert hash_tree(tmp_path / str(number)) == hash_tree(tmp_path / "sorted")
 
 
 def test_nothing_but_bad_files_is_one_line(
@@ -412,7 +614,17 @@ def test_every_file_is_packed_once_or_skipped_once(
             path.write_bytes(texts[state])
     out_folder = tmp_path_factory.mktemp("out")
     arguments = (raw, out_folder, "--code-suffix", ".gui", "--split", "train=1")
-    if run(*arguments) != 0:
+    status = run(*arguments)
+    # Of images, and of names, that go by one name the first in the order of bytes is taken.
+    states = {f"{stem}{suffix}": state for stem, suffix, state in files}
+    pairs = {}
+    for stem in sorted({stem for stem, _, _ in files}):
+        found = [states[name] for name in (f"{stem}.jpg", f"{stem}.png") if name in states]
+        if found and f"{stem}.gui" in states:
+            pairs.setdefault(stem.lower(), (found[0], states[f"{stem}.gui"]))
+    has_good = any(image == "good" and code in ("good", "junk") for image, code in pairs.values())
+    assert status == (0 if has_good else 2)
+    if status != 0:
         assert not (out_folder / "manifest.json").exists()
         return
     manifest = storage.load_manifest(str(out_folder))

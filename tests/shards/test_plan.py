@@ -59,7 +59,9 @@ def test_every_sample_is_planned_once_and_no_content_crosses_splits(
                 seen.setdefault(content, set()).add(shard.name.partition("/")[0])
     assert sorted(names) == sorted(by_name)
     assert len(set(keys)) == len(keys)
-    assert keys == sorted(keys) or len({key.partition("-")[0] for key in keys}) > 1
+    for split_name in ("train", "test"):
+        own = [key for key in keys if key.partition("-")[0] == split_name]
+        assert own == [f"{split_name}-{at:09d}" for at in range(len(own))]
     assert all(len(splits) == 1 for splits in seen.values())
     assert Plan.from_json(made.to_json(), "here") == made
 
@@ -124,12 +126,19 @@ def test_shares_take_all_groups(parts: list[int], num_groups: int) -> None:
     [
         "", "train", "train=", "train=0", "train=-1", "train=.5", "train=.8,test=.3", "train=1.5",
         "train=rest,test=rest", "train=.5,train=.5", "../x=1", "train=1,test=rest", "val=50",
-        "train=nan", "a/b=1",
+        "train=nan", "a/b=1", "Train=1", "=1", "caf\u00e9=1", f"{'x' * 33}=1",
     ],
 )  # fmt: skip
 def test_other_splits_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="--split"):
         plan.parse_split(text)
+
+
+def test_a_split_is_named_with_what_goes_into_a_key() -> None:
+    names = ["0", "a_b-c", "x" * 32]
+    assert list(plan.parse_split(f"{names[0]}=rest,{names[1]}=2,{names[2]}=.5")) == names
+    with pytest.raises(UserError, match="1 to 32 characters of a-z, 0-9, _ and -"):
+        plan.parse_split("Train=1")
 
 
 def test_an_empty_split_is_named() -> None:
@@ -163,7 +172,11 @@ def test_what_changed_is_said() -> None:
     assert "changed: '000.png'" in found
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 9}', '{"version": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"version": 1}', '{"format": "pixloom plan", "version": 9}',
+     '{"format": "pixloom plan", "version": 1}'],
+)  # fmt: skip
 def test_damaged_plans_are_named(text: str) -> None:
     with pytest.raises(FormatError, match="here"):
         Plan.from_json(text, "here")
@@ -173,3 +186,11 @@ def test_an_edited_plan_is_found() -> None:
     text = plan_of([record("a", 1, 1), record("b", 2, 2)]).to_json()
     with pytest.raises(FormatError, match="edited"):
         Plan.from_json(text.replace("a.png", "c.png"), "here")
+
+
+def test_a_plan_is_known_by_its_beginning() -> None:
+    text = plan_of([record("a", 1, 1), record("b", 2, 2)]).to_json()
+    assert plan.is_marked(text[: len(text) // 2])
+    assert not plan.is_marked('{"version":1,"options":{}}')
+    with pytest.raises(FormatError, match="not a pixloom plan"):
+        Plan.from_json(text.replace(plan.PLAN_FORMAT, "another plan"), "here")

@@ -52,6 +52,11 @@ def test_of_names_that_differ_only_in_case_the_first_is_packed(tmp_path: Path) -
     assert [pair.image for pair in images.pairs] == ["A.png", "b.png"]
 
 
+def test_names_that_differ_in_more_than_case_are_all_packed(tmp_path: Path) -> None:
+    touch(tmp_path, "strasse.png", "stra\u00dfe.png")
+    assert len(list_folder(tmp_path).pairs) == 2
+
+
 def test_links_and_pipes_are_neither_followed_nor_opened(tmp_path: Path) -> None:
     touch(tmp_path / "outside", "secret.png")
     root = touch(tmp_path / "raw", "1.png")
@@ -83,6 +88,8 @@ def test_the_code_suffix_is_found_or_asked_for(tmp_path: Path) -> None:
     assert list_folder(tmp_path, "images").kind == "images"
     with pytest.raises(UserError, match="an image's suffix"):
         list_folder(tmp_path, code_suffix=".png")
+    with pytest.raises(UserError, match=r"--code-suffix \.tex: --kind images"):
+        list_folder(tmp_path, "images", ".tex")
 
 
 def test_folders_with_nothing_to_pack_are_named(tmp_path: Path) -> None:

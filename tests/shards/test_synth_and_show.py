@@ -42,6 +42,11 @@ def test_a_second_call_finds_nothing_to_do_and_a_broken_one_is_finished(
     assert json.loads(capsys.readouterr().out)["nothing_to_do"] is True
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(storage.UserError, match="gone"):
+        synth.write_sample(tmp_path / "gone", 0, 0)
+
+
 def test_other_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "x").touch()

@@ -1,10 +1,12 @@
+import io
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shards import tokens
-from shards.format import BOS, EOS, SPECIAL_TOKENS, UNK
+from shards.format import BOS, EOS, SPECIAL_TOKENS, UNK, FormatError
 from shards.storage import UserError
 
 
@@ -72,10 +74,38 @@ def test_npy_round_trip(ids: list[int], vocab_size: int) -> None:
     data = tokens.to_npy(ids, vocab_size)
     back = tokens.from_npy(data, "here")
     assert back.tolist() == ids
+    assert tokens.count_npy(data, "here") == len(ids)
+    assert back.flags.writeable
     assert back.dtype == np.dtype("<u2" if vocab_size == 65_536 else "<u4")
 
 
-@pytest.mark.parametrize("data", [b"", b"junk", tokens.to_npy([1, 2], 9)[:-1]])
+def saved(array: np.ndarray, **options: bool) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array, **options)
+    return out.getvalue()
+
+
+TWO_IDS = tokens.to_npy([1, 2], 9)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"junk",
+        TWO_IDS[:-1],
+        TWO_IDS + b"x",
+        TWO_IDS[:40],
+        b"PK\x03\x04 is no archive",
+        TWO_IDS.replace(b"(2,), }" + b" " * 12, b"(999999999999,), }" + b" "),
+        TWO_IDS.replace(b"(2,)", b"(-2,)").replace(b"}  ", b"} "),
+        TWO_IDS[:8] + b"\xff\xff" + TWO_IDS[10:],
+        saved(np.zeros((2, 2), "<u2")),
+        saved(np.zeros(2, "<f4")),
+        saved(np.array([{}, None]), allow_pickle=True),
+    ],
+)
 def test_other_npy_files_are_named(data: bytes) -> None:
-    with pytest.raises(ValueError, match="here"):
-        tokens.from_npy(data, "here")
+    for read in (tokens.from_npy, tokens.count_npy):
+        with pytest.raises(FormatError, match="here"):
+            read(data, "here")
