@@ -211,16 +211,13 @@ def make_loader(
     )
     others = set(multiprocessing.active_children())
     answers = iter(loader)
-    # Workers hold no state, and ignore the SIGTERM by which they would be ended at exit.
-    kill = functools.partial(_kill, set(multiprocessing.active_children()) - others)
+    kill = functools.partial(_kill_at_exit, set(multiprocessing.active_children()) - others)
     atexit.register(kill)
-    try:
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-            yield answer
-    finally:
-        atexit.unregister(kill)
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+        yield answer
+    atexit.unregister(kill)
 
 
 class _Answers(Dataset[Batch | Exception]):
@@ -241,9 +238,12 @@ def _as_is(answer: Any) -> Any:
     return answer
 
 
-def _kill(processes: Iterable[BaseProcess]) -> None:
-    for process in processes:
-        process.kill()
+def _kill_at_exit(workers: Iterable[BaseProcess]) -> None:
+    """Ends workers that an error left behind: they hold no state, and ignore the SIGTERM by which
+    they would otherwise be ended, so that this process would wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the loader reports their death
+    for worker in workers:
+        worker.kill()
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
