@@ -48,8 +48,7 @@ def run(folder: Path) -> None:
 
     gpus = torch.cuda.device_count()
     config = tomllib.loads(CONFIG.read_text())
-    num_micro = config["batch"]["global_size"] // config["batch"]["micro_size"]
-    many = min(gpus or 2, num_micro)
+    many = min(gpus or 2, config["batch"]["global_size"])
     few = max(1, many - 1)
     total = config["run"]["steps"]
     done = _last_commit(training)
@@ -100,12 +99,17 @@ def _train_and_kill(training: Path, shards: Path, processes: int, at_step: int) 
 
 def _training(training: Path, shards: Path, processes: int) -> list[str]:
     several = ["--multi_gpu"] if processes > 1 else []
+    # A microbatch for every GPU: the largest size of which there are enough in a step.
+    batch = tomllib.loads(CONFIG.read_text())["batch"]
+    most = batch["global_size"] // max(torch.cuda.device_count(), 2)
+    micro_size = max(d for d in range(1, most + 1) if batch["global_size"] % d == 0)
     command = [
         shutil.which("accelerate") or "accelerate", "launch", *several,
         "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
         "--dynamo_backend", "no", "--main_process_port", "0",
         "-m", "pipeline.train", "--config", str(CONFIG),
         "--run.dir", str(training), "--data.url", str(shards),
+        "--batch.micro_size", str(micro_size),
     ]  # fmt: skip
     print(f"$ {'' if torch.cuda.is_available() else 'ACCELERATE_USE_CPU=true '}{_shown(command)}")
     return command
