@@ -35,6 +35,7 @@ from shards import storage
 
 _INK, _FAINT, _GOOD, _WRONG = "#24292f", "#8b949e", "#1a7f37", "#cf222e"
 _SAMPLES = 6
+_TEXT_LINES = 46
 
 
 def draw(run: Path, split: str, which: str, out: Path) -> None:
@@ -50,8 +51,8 @@ def draw(run: Path, split: str, which: str, out: Path) -> None:
     batch = dataset[BatchPlan(step=0, micro=0, epoch=0, first_place=0, ids=ids)]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
-    figure = plt.figure(figsize=(12, 8.2), facecolor="white", layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 2.4))
+    figure = plt.figure(figsize=(12, 9), facecolor="white", layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 2.9))
     metric = config.validate.metric or build_task(config.model).metric
     _draw_curves(upper, rows, metric)
     images = prepare_images(batch, dtype_of(config))
@@ -101,7 +102,7 @@ def _draw_codes(
     figure: Any, batch: Batch, codes: Sequence[Sequence[int]], tokenizer: Tokenizer
 ) -> None:
     """Screens with the predicted code beneath; tokens that differ from the truth in red."""
-    grid = figure.subplots(2, len(codes), height_ratios=(1, 2.2), squeeze=False)
+    grid = figure.subplots(2, len(codes), height_ratios=(1, 3.9), squeeze=False)
     truths = references(batch)
     for column, (guess, truth) in enumerate(zip(codes, truths, strict=True)):
         image, text = grid[0][column], grid[1][column]
@@ -115,7 +116,8 @@ def _draw_codes(
         image.set_title(verdict, loc="left", fontsize=9, color=colour)
         text.axis("off")
         text.set_xlim(0, 1)
-        text.set_ylim(-26, 0)
+        text.set_ylim(-_TEXT_LINES, 0)
+        lines = _lines([str(tokenizer.id_to_token(token)) for token in guess])
         matcher = difflib.SequenceMatcher(a=truth, b=list(guess), autojunk=False)
         wrong = {
             place
@@ -123,7 +125,7 @@ def _draw_codes(
             if tag != "equal"
             for place in range(start, stop)
         }
-        for row, line in enumerate(_lines([str(tokenizer.id_to_token(t)) for t in guess])):
+        for row, line in enumerate(lines[:_TEXT_LINES]):
             for x, place, token in line:
                 text.text(
                     x, -row - 0.5, token, fontsize=6, family="monospace", va="center",
@@ -138,12 +140,15 @@ def _lines(tokens: Sequence[str], width: int = 41) -> list[list[tuple[float, int
     for place, token in enumerate(tokens):
         closing = token == "}"
         depth = max(0, depth - closing)
-        if closing or column + len(token) > width or (lines[-1] and lines[-1][-1][2] in "{}"):
+        full = column + len(token) > width and token != ","
+        if closing or full or (lines[-1] and lines[-1][-1][2] in "{}"):
             lines.append([])
         if not lines[-1]:
             column = 1.5 * depth
+        elif token != ",":
+            column += 1
         lines[-1].append((column / width, place, token))
-        column += len(token) + (token != ",")
+        column += len(token)
         depth += token == "{"
     return [line for line in lines if line]
 
