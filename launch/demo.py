@@ -48,8 +48,9 @@ def run(folder: Path) -> None:
 
     gpus = torch.cuda.device_count()
     config = tomllib.loads(CONFIG.read_text())
-    many = min(gpus or 2, config["batch"]["global_size"])
-    few = max(1, many - 1)
+    # One GPU has no other number of processes to go on with: NCCL wants a GPU for each.
+    many = min(gpus, config["batch"]["global_size"]) or 2
+    other = max(1, many - 1) if gpus else 3
     total = config["run"]["steps"]
     done = _last_commit(training)
     if done < total:
@@ -57,8 +58,8 @@ def run(folder: Path) -> None:
         if done < total // 2:
             _train_and_kill(training, shards, many, at_step=total // 2)
         done = _last_commit(training)
-        _say(f"3. Resume from step {done}, on {few} process(es)")
-        subprocess.run(_training(training, shards, few), env=_environment(), check=True)
+        _say(f"3. Resume from step {done}, on {other} process(es)")
+        subprocess.run(_training(training, shards, other), env=_environment(), check=True)
     else:
         _say(f"2. The run in {training} is complete ({done} steps): nothing to train")
 
@@ -99,9 +100,9 @@ def _train_and_kill(training: Path, shards: Path, processes: int, at_step: int) 
 
 def _training(training: Path, shards: Path, processes: int) -> list[str]:
     several = ["--multi_gpu"] if processes > 1 else []
-    # A microbatch for every GPU: the largest size of which there are enough in a step.
+    # A microbatch for every process: the largest size of which there are enough in a step.
     batch = tomllib.loads(CONFIG.read_text())["batch"]
-    most = batch["global_size"] // max(torch.cuda.device_count(), 2)
+    most = min(batch["micro_size"], batch["global_size"] // max(torch.cuda.device_count(), 1))
     micro_size = max(d for d in range(1, most + 1) if batch["global_size"] % d == 0)
     command = [
         shutil.which("accelerate") or "accelerate", "launch", *several,
