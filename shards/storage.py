@@ -1,7 +1,9 @@
-"""Where files live: reading, naming and publishing whole objects under a dataset's root.
+"""Where files live: reading, naming and publishing whole objects under a root.
 
-A file appears under its final name only when it is complete and on disk, so that a kill at any
-moment leaves the old file, the new one, or none. What the files mean is `shards.format`'s subject.
+The root is a local folder, as a path or a `file://` URL, or a folder of an object store
+(`shards.remote`). A file appears under its final name only when it is complete and kept, so that a
+kill at any moment leaves the old file, the new one, or none. What the files mean is
+`shards.format`'s subject.
 """
 
 import contextlib
@@ -9,30 +11,24 @@ import errno
 import fcntl
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+from shards import remote
+from shards.errors import UserError as UserError
+from shards.errors import command as command
+from shards.errors import redact as redact
 from shards.format import MANIFEST_NAME, FormatError, Manifest
 
 SCRATCH_NAME = ".pixloom-tmp"
 """The folder, under a dataset's root, in which files are built; also the suffix of temp files."""
 
 
-class UserError(Exception):
-    """What a user can put right: one line that names the file or option and what to do."""
-
-
-def command(verb: str, action: Callable[[], int]) -> int:
-    """Runs a command's `action`; returns its exit status, or 2 after one line about its error."""
-    try:
-        return action()
-    except (UserError, FormatError) as error:
-        print(f"pixloom {verb}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"pixloom {verb}: interrupted", file=sys.stderr)
-        return 130
+def is_remote(url: str) -> bool:
+    """Whether `url` is on an object store. Anything else is local, or refused when it is used."""
+    return remote.protocol_of(url) is not None
 
 
 def local_path(url: str) -> Path:
@@ -40,10 +36,13 @@ def local_path(url: str) -> Path:
     protocol, separator, rest = url.partition("://")
     if not separator:
         return Path(url)
+    if is_remote(url):
+        raise UserError(f"{redact(url)}: a folder or file of this machine is needed here")
     if protocol != "file":
+        known = ", ".join(f"{name}://" for name in remote.PROTOCOLS)
         raise UserError(
             f"{protocol}://: this storage protocol is not supported; "
-            "supported so far: local paths and file:// URLs"
+            f"supported so far: local paths, file://, {known}"
         )
     return Path(rest)
 
@@ -57,16 +56,24 @@ def join(root: str, name: str) -> str:
 
 
 def exists(url: str) -> bool:
+    """Whether there is such a file or folder. Raises `UserError` when the storage does not say."""
+    if is_remote(url):
+        return remote.exists(url)
     return local_path(url).exists()
 
 
 def size_bytes(url: str) -> int:
+    """The size of one object. Raises `UserError` naming it when it is missing."""
+    if is_remote(url):
+        return remote.size_bytes(url)
     with explained(url):
         return local_path(url).stat().st_size
 
 
 def read_bytes(url: str) -> bytes:
     """The whole object. Raises `UserError` naming it when it is missing or cannot be read."""
+    if is_remote(url):
+        return remote.read_bytes(url)
     with explained(url):
         return local_path(url).read_bytes()
 
@@ -94,8 +101,62 @@ def load_manifest(root: str) -> Manifest:
     return Manifest.from_json(read_text(url), url)
 
 
+def list_files(url: str) -> dict[str, int]:
+    """Sizes in bytes of all files below a folder, by name relative to it (`a/b.json`).
+
+    Empty when there is no such folder. Never from a cache.
+    """
+    if is_remote(url):
+        return remote.list_files(url)
+    root = local_path(url)
+    sizes = {}
+    with explained(url):
+        for folder, _, names in os.walk(root, onerror=_unless_missing):
+            for name in names:
+                path = Path(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # removed while we list
+                    sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+    return dict(sorted(sizes.items()))
+
+
+def _unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+def fetch(url: str, destination: Path) -> None:
+    """Copies one whole object to a local file, which appears complete or not at all.
+
+    It is not forced to the disk: it can be fetched again. Raises `UserError` when there is no such
+    object or not all of it arrives.
+    """
+    with explained(str(destination)):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        owner = f"{os.getpid()}-{threading.get_ident()}"
+        temporary = destination.with_name(f".{destination.name}.{owner}{SCRATCH_NAME}")
+        temporary.touch()
+        try:
+            if is_remote(url):
+                remote.fetch(url, temporary)
+            else:
+                with explained(url):
+                    shutil.copyfile(local_path(url), temporary)
+            temporary.replace(destination)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def publish(scratch: Path, destination: str) -> None:
-    """Moves a finished local file to `destination`, where it appears complete or not at all."""
+    """Moves a finished local file to `destination`, where it appears complete or not at all.
+
+    Raises `UserError`; what was at `destination` is then as it was, or replaced as a whole. May be
+    called from any thread.
+    """
+    if is_remote(destination):
+        with explained(str(scratch)):
+            remote.put(scratch, destination)
+            scratch.unlink()
+        return
     target = local_path(destination)
     with explained(destination):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +179,12 @@ def publish(scratch: Path, destination: str) -> None:
 
 def publish_text(text: str, destination: str) -> None:
     """Writes `text` as UTF-8 to `destination`, where it appears complete or not at all."""
+    if is_remote(destination):
+        with tempfile.TemporaryDirectory(prefix="pixloom-") as folder:
+            scratch = Path(folder, "text")
+            scratch.write_bytes(text.encode())
+            publish(scratch, destination)
+        return
     target = local_path(destination)
     with explained(destination):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -131,8 +198,29 @@ def publish_text(text: str, destination: str) -> None:
 
 def remove(url: str) -> None:
     """Removes one file; none there is no error."""
+    if is_remote(url):
+        remote.remove(url)
+        return
     with explained(url):
         local_path(url).unlink(missing_ok=True)
+
+
+def remove_tree(url: str) -> None:
+    """Removes a folder and everything in it; none there is no error."""
+    if is_remote(url):
+        remote.remove_tree(url)
+        return
+    with explained(url), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(local_path(url))
+
+
+def abort_uploads(url: str) -> int:
+    """Ends uploads that killed writers left unfinished below `url`; returns how many.
+
+    Only S3 keeps such uploads (and asks money for them). The caller must be the only writer below
+    `url`. Nothing is done for a whole bucket, to which others may be writing.
+    """
+    return remote.abort_uploads(url) if is_remote(url) else 0
 
 
 @contextlib.contextmanager
@@ -186,4 +274,4 @@ def explained(url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{url}: {error.strerror or error}") from error
+        raise UserError(redact(f"{url}: {error.strerror or error}")) from error

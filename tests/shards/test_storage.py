@@ -38,7 +38,7 @@ def test_a_file_on_another_device_is_published(
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/x", "https://host/x", "pipe://x", "memory://x"])
+@pytest.mark.parametrize("url", ["https://host/x", "s3a://bucket/x", "pipe://x", "memory://x"])
 def test_other_protocols_are_refused(url: str) -> None:
     for call in (storage.read_bytes, storage.exists, storage.load_manifest):
         with pytest.raises(UserError, match="supported so far: local"):
