@@ -6,7 +6,6 @@ here, in one line, before a process group exists.
 
 import math
 import warnings
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -98,10 +97,11 @@ def new_model(config: Config, manifest: Manifest) -> nn.Module:
     return model.to(dtype=dtype_of(config)).to(memory_format=torch.channels_last)
 
 
-def load_model(config: Config, manifest: Manifest, path: Path) -> nn.Module:
+def load_model(config: Config, manifest: Manifest, chosen: str) -> nn.Module:
     """The model with the weights of a checkpoint, on the CPU."""
     model = new_model(config, manifest)
-    checkpoint.restore(model, None, checkpoint.load_tensors(path))
+    with checkpoint.opened(chosen) as folder:
+        checkpoint.restore(folder, model, None)
     return model
 
 

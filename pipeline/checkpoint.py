@@ -1,39 +1,46 @@
 """Sharded checkpoints: saved by all ranks, committed last, verified before use. No pickle.
 
-    RUN/checkpoints/step-00001200/tensors-00000-of-00002.safetensors   one file a rank
+    RUN/checkpoints/step-00001200/tensors-00000-of-00002-5f0c1e9a.safetensors   one file a rank
                                   state.json                           state, config, versions
                                   COMMIT.json                          every file's sha256, last
 
-Under DDP every rank holds all tensors; each is written by one rank, balanced by size, and any
-number of processes can read them. A directory without COMMIT.json is what a killed save left: it
-is never read, and the next save of that step clears it.
+On local storage or in a bucket (checkpoint.url). A directory without COMMIT.json is what a killed
+save left: it is never read, and the next save clears it. Who writes what, and how any number of
+processes reads it, is `pipeline.dcp`'s subject; saving beside the training is `pipeline.saver`'s.
 
-    python -m pipeline.checkpoint ls RUN        the checkpoints, newest last
-    python -m pipeline.checkpoint verify RUN    hash every file of every checkpoint
+    pixloom checkpoint ls RUN              the checkpoints, newest last
+    pixloom checkpoint verify RUN          hash every file of every checkpoint
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
 import re
-import shutil
+import secrets
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
+from pipeline import dcp
+from pipeline.config import CONFIG_NAME, read_toml
+from pipeline.dcp import Chunk, WrittenFile
 from pipeline.ranks import Ranks
 from pipeline.state import TrainState
 from shards import storage
+from shards.format import FormatError
 from shards.storage import UserError
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 COMMIT_NAME = "COMMIT.json"
 STATE_NAME = "state.json"
 
@@ -52,14 +59,14 @@ class Meta:
         return json.dumps(body, indent=1) + "\n"
 
     @classmethod
-    def read(cls, checkpoint: Path) -> "Meta":
+    def read(cls, checkpoint: str) -> "Meta":
         """Raises `UserError` when `state.json` cannot be understood."""
-        path = checkpoint / STATE_NAME
+        url = storage.join(checkpoint, STATE_NAME)
         try:
-            body = json.loads(path.read_text(encoding="utf-8"))
+            body = json.loads(storage.read_bytes(url))
             if body["version"] != CHECKPOINT_VERSION:
                 raise UserError(
-                    f"{path}: checkpoint version {body['version']}, "
+                    f"{url}: checkpoint version {body['version']}, "
                     f"this pixloom reads {CHECKPOINT_VERSION}"
                 )
             return cls(
@@ -68,24 +75,35 @@ class Meta:
                 data_digest=body["data_digest"],
                 versions=body["versions"],
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: not the state of a checkpoint ({error!r})") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{url}: not the state of a checkpoint ({error!r})") from error
 
 
-def committed(directory: Path) -> list[Path]:
+def directory_of(run: Path) -> str:
+    """Where a run's checkpoints lie: what its config.toml says, or `checkpoints` beside that."""
+    config = run / CONFIG_NAME
+    url = read_toml(str(config)).get("checkpoint", {}).get("url") if config.is_file() else None
+    return str(url or run / "checkpoints")
+
+
+def committed(directory: str) -> list[str]:
     """The committed checkpoints of a run, oldest first. Nothing is verified."""
-    return [path for path in _folders(directory) if (path / COMMIT_NAME).is_file()]
+    return [path for path, is_committed in _folders(directory).items() if is_committed]
 
 
-def path_of(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:08d}"
+def path_of(directory: str, step: int) -> str:
+    return storage.join(directory, f"step-{step:08d}")
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+def step_of(checkpoint: str) -> int:
+    return int(checkpoint.rpartition("/")[2].removeprefix("step-"))
 
 
-def verify(checkpoint: Path, names: Sequence[str] | None = None) -> list[str]:
+def name_of(checkpoint: str) -> str:
+    return checkpoint.rpartition("/")[2]
+
+
+def verify(checkpoint: str, names: Sequence[str] | None = None) -> list[str]:
     """What is wrong with a checkpoint, a line each; empty when every hash matches.
 
     With `names`, only these of its files are read.
@@ -96,84 +114,123 @@ def verify(checkpoint: Path, names: Sequence[str] | None = None) -> list[str]:
         return [str(error)]
     problems = []
     for name, sha256 in files.items():
-        path = checkpoint / name
-        if names is not None and name not in names:
-            continue
-        if not path.is_file():
-            problems.append(f"{path}: missing")
-        elif _sha256(path) != sha256:
-            problems.append(f"{path}: sha256 differs from {COMMIT_NAME}")
+        if names is None or name in names:
+            with tempfile.TemporaryDirectory(prefix="pixloom-") as scratch:
+                problems += _check(checkpoint, name, sha256, Path(scratch))
     return problems
 
 
-def newest_valid(directory: Path, log: Any = None) -> Path | None:
-    """The newest checkpoint whose every hash matches, or None.
+def fetch(checkpoint: str, folder: Path) -> list[str]:
+    """Downloads a checkpoint into `folder`, which is made; what is wrong with it, as `verify`."""
+    try:
+        files = _committed_files(checkpoint)
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.fetch(storage.join(checkpoint, COMMIT_NAME), folder / COMMIT_NAME)
+    except UserError as error:
+        return [str(error)]
+    problems = []
+    for name, sha256 in files.items():
+        problems += _check(checkpoint, name, sha256, folder)
+    return problems
 
-    `log` is called with a line for each one that is passed over.
+
+@contextlib.contextmanager
+def opened(checkpoint: str) -> Iterator[Path]:
+    """The checkpoint as a local folder; one from a bucket is downloaded for as long as needed.
+
+    Raises:
+        UserError: the download does not verify.
     """
-    for checkpoint in reversed(committed(directory)):
-        problems = verify(checkpoint)
-        if not problems:
-            return checkpoint
-        if log is not None:
-            log(f"checkpoint {checkpoint.name} does not verify ({problems[0]}); going back")
-    return None
+    if not storage.is_remote(checkpoint):
+        yield storage.local_path(checkpoint)
+        return
+    with tempfile.TemporaryDirectory(prefix="pixloom-") as folder:
+        problems = fetch(checkpoint, Path(folder))
+        if problems:
+            raise UserError(problems[0])
+        yield Path(folder)
 
 
-def save(directory: Path, tensors: Mapping[str, Tensor], meta: Meta, ranks: Ranks) -> Path:
+def save(
+    directory: str,
+    chunks: Mapping[str, Chunk],
+    meta: Meta,
+    ranks: Ranks,
+    scratch: Path | None = None,
+) -> str:
     """Writes one checkpoint, together with all other ranks; committed when it returns.
 
     Args:
-        directory: the run's `checkpoints/`, seen by every rank.
-        tensors: the same names, shapes and values on every rank.
+        directory: the run's checkpoints, seen by every rank.
+        chunks: what this rank owns, staged: see `dcp.owned` and `dcp.Stage`.
         meta: the same on every rank; rank 0's is written.
+        scratch: local folder in which files for a bucket are made; default: the system's.
+
+    Raises:
+        UserError: on all ranks, when one of them could not write. Nothing is committed then.
     """
     checkpoint = path_of(directory, meta.state.step)
-    if ranks.is_main:
-        if checkpoint.exists():
-            _remove(checkpoint)
-        checkpoint.mkdir(parents=True)
-    ranks.barrier()
-    names = [
-        f"tensors-{rank:05d}-of-{ranks.world_size:05d}.safetensors"
-        for rank in range(ranks.world_size)
-    ]
-    sizes = {name: _num_bytes(tensor) for name, tensor in tensors.items()}
-    owned = partition(sizes, ranks.world_size)[ranks.rank]
-    own_path = checkpoint / names[ranks.rank]
-    save_file({name: tensors[name].detach().cpu().contiguous() for name in owned}, own_path)
-    storage.sync(own_path)
-    # Each rank sends its file's hash by adding it to zeros: no file is read twice, no pickle sent.
-    hashes = torch.zeros(ranks.world_size, 32, dtype=torch.int64)
-    hashes[ranks.rank] = torch.tensor(list(bytes.fromhex(_sha256(own_path))))
-    ranks.sum(hashes)
-    if ranks.is_main:
-        state_path = checkpoint / STATE_NAME
-        state_path.write_text(meta.to_json(), encoding="utf-8")
-        storage.sync(state_path)
-        sha256 = {name: bytes(row).hex() for name, row in zip(names, hashes.tolist(), strict=True)}
-        sha256[STATE_NAME] = _sha256(state_path)
-        files = {
-            name: {"sha256": digest, "bytes": (checkpoint / name).stat().st_size}
-            for name, digest in sha256.items()
-        }
+
+    def prepare() -> str:
+        # A writer of a killed job may still be at it, or its upload arrive late: so that it can
+        # never touch a file of this save, names differ from one save to the next.
+        remove(checkpoint)
+        if not storage.is_remote(checkpoint):
+            with storage.explained(checkpoint):
+                storage.local_path(checkpoint).mkdir(parents=True)
+        return secrets.token_hex(4)
+
+    def write(name: str, make: Callable[[Path], None]) -> WrittenFile:
+        url = storage.join(checkpoint, name)
+        if storage.is_remote(checkpoint):
+            with tempfile.TemporaryDirectory(prefix="upload-", dir=scratch) as folder:
+                path = Path(folder) / name
+                written = _make(name, path, make)
+                storage.publish(path, url)
+        else:
+            with storage.explained(url):
+                written = _make(name, storage.local_path(url), make)
+                storage.sync(storage.local_path(url))
+        return written
+
+    def commit(files: Sequence[WrittenFile]) -> None:
+        state = meta.to_json()
+        storage.publish_text(state, storage.join(checkpoint, STATE_NAME))
+        data = state.encode()
+        for file in files:
+            url = storage.join(checkpoint, file.name)
+            if storage.size_bytes(url) != file.num_bytes:
+                raise UserError(f"{url}: is not what was written; do all nodes see {directory}?")
         body: dict[str, Any] = {
             "version": CHECKPOINT_VERSION,
             "step": meta.state.step,
             "world_size": ranks.world_size,
-            "files": files,
+            "saved": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+            "files": {
+                file.name: {"sha256": file.sha256, "bytes": file.num_bytes}
+                for file in (
+                    *files,
+                    WrittenFile(STATE_NAME, len(data), hashlib.sha256(data).hexdigest()),
+                )
+            },
         }
-        body["digest"] = _digest_of(body)
-        storage.sync(checkpoint)
-        storage.sync(directory)
-        storage.publish_text(json.dumps(body, indent=1) + "\n", str(checkpoint / COMMIT_NAME))
-    ranks.barrier()
+        if not storage.is_remote(checkpoint):
+            storage.sync(storage.local_path(checkpoint))
+            storage.sync(storage.local_path(directory))
+        storage.publish_text(_commit_text(body), storage.join(checkpoint, COMMIT_NAME))
+
+    try:
+        dcp.save(chunks, ranks, prepare=prepare, write=write, commit=commit)
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        # Other failures than these are the peers', whose own exception tells more.
+        raise UserError(f"rank {rank}: {cause or type(cause).__name__}") from error
     return checkpoint
 
 
-def choose(run: Path, which: str) -> Path:
-    """`best`, `last`, or a step's number. Raises `UserError` when there is no such"""
-    found = committed(run / "checkpoints")
+def choose(run: Path, which: str) -> str:
+    """`best`, `last`, or a step's number. Raises `UserError` when there is no such."""
+    found = committed(directory_of(run))
     if not found:
         raise UserError(f"{run}: no committed checkpoint; train first, or name another run folder")
     if which == "last":
@@ -188,33 +245,46 @@ def choose(run: Path, which: str) -> Path:
             steps = ", ".join(str(step_of(path)) for path in found)
             raise UserError(f"{run}: no checkpoint of step {which}; it has {steps}")
         chosen = matching[0]
-    problems = verify(chosen)
+    problems = (
+        [] if storage.is_remote(chosen) else verify(chosen)
+    )  # `opened` verifies what it fetches
     if problems:
         raise UserError(f"{problems[0]}; choose another one with --checkpoint")
     return chosen
 
 
-def prune(directory: Path, step: int, keep_last: int, best_step: int | None) -> None:
+def prune(
+    directory: str, step: int, *, keep_last: int, keep_every: int = 0, best_step: int | None = None
+) -> None:
     """Clears what a run at `step` needs no more, and what killed saves and prunes left.
 
-    Kept are the newest `keep_last` committed checkpoints up to `step`, the best one, and all
-    newer ones: a run that fell back to an older checkpoint will write those again.
+    Kept are the newest `keep_last` committed checkpoints up to `step`, the best one, those of
+    every `keep_every`-th step, and all newer ones: a run that fell back to an older checkpoint
+    will write those again. No save may be under way.
     """
-    kept = [path for path in committed(directory) if step_of(path) <= step][-keep_last:]
-    for checkpoint in _folders(directory):
-        if step_of(checkpoint) > step or checkpoint in kept:
-            continue
-        if step_of(checkpoint) != best_step or not (checkpoint / COMMIT_NAME).is_file():
-            _remove(checkpoint)
+    found = _folders(directory)
+    older = [path for path, is_committed in found.items() if is_committed and step_of(path) <= step]
+    kept = {
+        path
+        for path in older
+        if path in older[-keep_last:]
+        or step_of(path) == best_step
+        or (keep_every and step_of(path) % keep_every == 0)
+    }
+    for checkpoint in found:
+        if step_of(checkpoint) <= step and checkpoint not in kept:
+            remove(checkpoint)
+    storage.abort_uploads(directory)
 
 
-def load_tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, on the CPU, whatever the number of ranks that wrote it."""
-    tensors: dict[str, Tensor] = {}
-    for name in _committed_files(checkpoint):
-        if name.endswith(".safetensors"):
-            tensors.update(load_file(checkpoint / name))
-    return tensors
+def remove(checkpoint: str) -> None:
+    """Takes back the commit first: a kill in between leaves no checkpoint that looks whole."""
+    url = storage.join(checkpoint, COMMIT_NAME)
+    if storage.exists(url):
+        storage.remove(url)
+        if not storage.is_remote(checkpoint):
+            storage.sync(storage.local_path(checkpoint))
+    storage.remove_tree(checkpoint)
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -227,88 +297,127 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return tensors
 
 
-def restore(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, tensors: Mapping[str, Tensor]
-) -> None:
-    """The inverse of `tensors_of`, in place. Raises `UserError` when names or shapes differ."""
-    own = model.state_dict()
-    for name, tensor in own.items():
-        loaded = tensors.get(f"model/{name}")
-        if loaded is None or loaded.shape != tensor.shape:
-            raise UserError(f"the checkpoint's tensor {name} does not fit the model")
-        tensor.copy_(loaded)
-    extra = {name for name in tensors if name.startswith("model/")} - {f"model/{n}" for n in own}
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """The inverse of saving `tensors_of`, in place, whatever processes saved it.
+
+    Every rank reads what it needs of the local `folder`, and nothing more.
+
+    Raises:
+        UserError: names or shapes are not the model's.
+    """
+    files = _tensor_files(folder)
+    saved = dcp.shapes(files)
+    targets = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    extra = {name for name in saved if name.startswith("model/")} - targets.keys()
     if extra:
         raise UserError(
             f"the checkpoint has tensors that the model lacks: {', '.join(sorted(extra))}"
         )
-    if optimizer is None:
-        return
-    for name, parameter in model.named_parameters():
-        prefix = f"optimizer/{name}/"
-        entries = {
-            key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)
+    if optimizer is not None:
+        for name, parameter in model.named_parameters():
+            prefix = f"optimizer/{name}/"
+            state = {
+                key.removeprefix(prefix): _empty_state(parameter, *saved[key])
+                for key in saved
+                if key.startswith(prefix)
+            }
+            optimizer.state[parameter] = state
+            targets |= {f"{prefix}{entry}": tensor for entry, tensor in state.items()}
+    dcp.load(targets, files)
+
+
+def load_tensors(checkpoint: str) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole, on the CPU."""
+    with opened(checkpoint) as folder:
+        files = _tensor_files(folder)
+        tensors = {
+            name: torch.empty(size, dtype=dtype)
+            for name, (size, dtype) in dcp.shapes(files).items()
         }
-        optimizer.state[parameter] = {
-            # Moments take the parameter's memory format (channels_last): the optimizer's kernels
-            # then run as they did before, bit for bit. Scalars such as Adam's step stay on the CPU.
-            entry: torch.empty_like(parameter, dtype=t.dtype).copy_(t)
-            if t.shape == parameter.shape and t.dim() > 0
-            else t.clone()
-            for entry, t in entries.items()
-        }
+        dcp.load(tensors, files)
+    return tensors
 
 
-def partition(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
-    """Names split into `parts` lists of nearly equal total size, the same on every rank."""
-    lists: list[list[str]] = [[] for _ in range(parts)]
-    totals = [0] * parts
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        least = totals.index(min(totals))
-        lists[least].append(name)
-        totals[least] += sizes[name]
-    return lists
+def _empty_state(parameter: nn.Parameter, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Room for a tensor of the optimizer's.
+
+    Moments take the parameter's memory format (channels_last) and sharding: the optimizer's
+    kernels then run as they did before, bit for bit. Scalars such as Adam's step stay on the CPU.
+    """
+    if size == parameter.shape and len(size):
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(size, dtype=dtype)
 
 
-def _folders(directory: Path) -> list[Path]:
-    """Checkpoints, committed or not, oldest first."""
-    if not directory.is_dir():
-        return []
-    found = [path for path in directory.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted(found, key=step_of)
+def _folders(directory: str) -> dict[str, bool]:
+    """Checkpoints, oldest first, and whether they are committed."""
+    found: dict[str, bool] = {}
+    for name in storage.list_files(directory):
+        folder, _, file = name.partition("/")
+        if re.fullmatch(r"step-\d{8,}", folder):
+            found[folder] = found.get(folder, False) or file == COMMIT_NAME
+    return {storage.join(directory, folder): found[folder] for folder in sorted(found, key=step_of)}
 
 
-def _committed_files(checkpoint: Path) -> dict[str, str]:
+def _committed_files(checkpoint: str) -> dict[str, str]:
     """The files that COMMIT.json names, with their SHA-256. Raises `UserError`."""
-    path = checkpoint / COMMIT_NAME
+    body = _read_commit(checkpoint)
+    if body["step"] != step_of(checkpoint):
+        raise UserError(f"{checkpoint}: holds the commit of step {body['step']}")
+    return {name: entry["sha256"] for name, entry in body["files"].items()}
+
+
+def _read_commit(folder: str) -> dict[str, Any]:
+    """What COMMIT.json says, whole and unchanged. Raises `UserError`."""
+    url = storage.join(folder, COMMIT_NAME)
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        if body["digest"] != _digest_of(body):
-            raise UserError(f"{path}: its own digest does not match")
-        return {str(name): str(entry["sha256"]) for name, entry in body["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error!r})") from error
+        text = storage.read_text(url)
+        body: dict[str, Any] = json.loads(text)
+        if text != _commit_text({key: body[key] for key in body if key != "digest"}):
+            raise UserError(f"{url}: its own digest does not match")
+        for name, entry in body["files"].items():
+            storage.join(folder, name)  # refuses names that lead elsewhere
+            bytes.fromhex(entry["sha256"])
+        return body | {"step": int(body["step"]), "world_size": int(body["world_size"])}
+    except (FormatError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{url}: cannot be read ({error!r})") from error
 
 
-def _remove(checkpoint: Path) -> None:
-    """Takes back the commit first: a kill in between leaves no checkpoint that looks whole."""
-    (checkpoint / COMMIT_NAME).unlink(missing_ok=True)
-    storage.sync(checkpoint)
-    shutil.rmtree(checkpoint)
+def _commit_text(body: Mapping[str, Any]) -> str:
+    """The one way to write a commit: a flipped bit makes another text, or another digest."""
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "digest": digest}, indent=1) + "\n"
+
+
+def _check(checkpoint: str, name: str, sha256: str, scratch: Path) -> list[str]:
+    """Hashes one file; one from a bucket is downloaded into `scratch`."""
+    url = storage.join(checkpoint, name)
+    if not storage.is_remote(url):
+        path = storage.local_path(url)
+        if not path.is_file():
+            return [f"{url}: missing"]
+    else:
+        path = scratch / name
+        try:
+            storage.fetch(url, path)
+        except UserError as error:
+            return [str(error)]
+    return [] if _sha256(path) == sha256 else [f"{url}: sha256 differs from {COMMIT_NAME}"]
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    names = _read_commit(str(folder))["files"]
+    return [folder / name for name in names if name.endswith(".safetensors")]
+
+
+def _make(name: str, path: Path, make: Callable[[Path], None]) -> WrittenFile:
+    make(path)
+    return WrittenFile(name, path.stat().st_size, _sha256(path))
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest_of(body: Mapping[str, Any]) -> str:
-    rest = {name: value for name, value in body.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -323,34 +432,70 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    found = committed(arguments.run / "checkpoints")
-    if not found:
+    directory = directory_of(arguments.run)
+    found = _folders(directory)
+    if not any(found.values()):
         raise UserError(f"{arguments.run}: no committed checkpoint")
-    rows = []
-    for checkpoint in found:
-        problems = verify(checkpoint) if arguments.action == "verify" else []
-        size = sum(path.stat().st_size for path in checkpoint.iterdir())
-        row: dict[str, Any] = {"checkpoint": str(checkpoint), "bytes": size, "problems": problems}
-        try:
-            state = Meta.read(checkpoint).state
-            row |= {
-                "order_digest": state.order_digest,
-                "best": state.best_step == step_of(checkpoint),
-            }
-        except UserError as error:
-            row["problems"] = [*problems, str(error)]
+    sizes = storage.list_files(directory)
+    rows: list[dict[str, Any]] = []
+    for checkpoint, is_committed in found.items():
+        name = name_of(checkpoint)
+        row: dict[str, Any] = {
+            "checkpoint": checkpoint,
+            "step": step_of(checkpoint),
+            "bytes": sum(size for file, size in sizes.items() if file.startswith(f"{name}/")),
+            "committed": is_committed,
+            "problems": [],
+        }
+        if is_committed:
+            row["problems"] = verify(checkpoint) if arguments.action == "verify" else []
+            try:
+                commit = _read_commit(checkpoint)
+                state = Meta.read(checkpoint).state
+                row |= {
+                    "saved": commit.get("saved"),
+                    "ranks": commit["world_size"],
+                    "best": state.best_step == step_of(checkpoint),
+                    "best_metric": state.best_metric,
+                    "order_digest": state.order_digest,
+                }
+            except UserError as error:
+                row["problems"] = row["problems"] or [str(error)]
         rows.append(row)
     bad = any(row["problems"] for row in rows)
     if arguments.json:
         print(json.dumps({"checkpoints": rows, "ok": not bad}))
     else:
-        for row in rows:
-            verdict = "; ".join(row["problems"]) or ("ok" if arguments.action == "verify" else "")
-            best = "best" if row.get("best") else ""
-            print(
-                f"{row['checkpoint']}  {row['bytes'] / 1e6:9.2f} MB  {best:4}  {verdict}".rstrip()
-            )
+        print(directory)
+        print("\n".join(_table(rows, verified=arguments.action == "verify")))
     return 1 if bad else 0
+
+
+def _table(rows: Sequence[Mapping[str, Any]], *, verified: bool) -> list[str]:
+    cells = [["step", "MB", "ranks", "saved (UTC)", "best so far", "state"]]
+    for row in rows:
+        metric = row.get("best_metric")
+        if row["problems"]:
+            state = "; ".join(row["problems"])
+        elif not row["committed"]:
+            state = "not committed: left by a killed save, cleared by the next"
+        else:
+            state = "verified" if verified else "committed"
+        cells.append(
+            [
+                str(row["step"]),
+                f"{row['bytes'] / 1e6:.2f}",
+                str(row.get("ranks", "")),
+                str(row.get("saved") or ""),
+                ("" if metric is None else f"{metric:.4g}") + (" *" if row.get("best") else ""),
+                state,
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
 
 
 if __name__ == "__main__":

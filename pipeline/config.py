@@ -145,10 +145,17 @@ class CheckpointConfig:
     """steps between checkpoints; 0: once an epoch (the last step is always saved)"""
     keep_last: int = 2
     """newest checkpoints to keep; the best one is kept besides"""
+    keep_every_steps: int = 0
+    """keep those of every n-th step for ever; 0: none"""
+    url: str = ""
+    """folder or bucket (s3://...) seen by all nodes; default: `checkpoints` in run.dir"""
+    on_error: Literal["warn", "stop"] = "warn"
+    """a checkpoint that cannot be saved: go on training, or stop; the last one always stops"""
 
     def __post_init__(self) -> None:
         _at_least("checkpoint.every_steps", self.every_steps, 0)
         _at_least("checkpoint.keep_last", self.keep_last, 1)
+        _at_least("checkpoint.keep_every_steps", self.keep_every_steps, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +168,9 @@ class Config:
     validate: ValidateConfig
     checkpoint: CheckpointConfig
 
+
+CONFIG_NAME = "config.toml"
+"""the configuration of a run, in its folder"""
 
 # Keys that a resumed run may change: none of them reaches the samples, the arithmetic or the
 # schedule. Everything else is refused with the difference.
@@ -176,6 +186,9 @@ MAY_CHANGE = frozenset(
         "validate.patience",
         "checkpoint.every_steps",
         "checkpoint.keep_last",
+        "checkpoint.keep_every_steps",
+        "checkpoint.url",
+        "checkpoint.on_error",
     }
 )
 

@@ -67,7 +67,11 @@ def draw(run: Path, split: str, which: str, out: Path) -> None:
             assert isinstance(model, Autoencoder)
             _draw_reconstructions(lower, images, model(images))
     lower.suptitle(
-        f"{split} split, checkpoint {chosen.name}", x=0.01, ha="left", fontsize=10, color=_FAINT
+        f"{split} split, checkpoint {checkpoint.name_of(chosen)}",
+        x=0.01,
+        ha="left",
+        fontsize=10,
+        color=_FAINT,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)

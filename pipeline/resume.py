@@ -1,14 +1,22 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
+import contextlib
 import fcntl
 import os
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from pipeline import checkpoint
 from pipeline.config import Config, config_of, differences, to_dict
 from pipeline.ranks import Ranks
 from pipeline.runlog import RunLog
+from pipeline.saver import scratch_of
+from pipeline.state import TrainState
 from shards import storage
 from shards.format import Manifest
 from shards.storage import UserError
@@ -24,17 +32,18 @@ def check_resumable(config: Config, manifest: Manifest) -> None:
     """
     run = Path(config.run.dir)
     with storage.explained(str(run)):
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
     if not os.access(run, os.W_OK):
         raise UserError(f"{run}: cannot be written to; choose another run.dir")
-    found = checkpoint.committed(run / "checkpoints")
+    directory = directory_of(config)
+    found = checkpoint.committed(directory)
     if config.run.resume == "never" and found:
         raise UserError(
-            f"{run}: has checkpoints, and run.resume = never; choose another run.dir, "
+            f"{directory}: has checkpoints, and run.resume = never; choose another run.dir, "
             "or run.resume = auto to go on"
         )
     if not found and config.run.resume not in ("auto", "never"):
-        found = [Path(config.run.resume)]
+        found = [config.run.resume]
         problems = checkpoint.verify(found[0])
         if problems:
             raise UserError(f"run.resume: {problems[0]}")
@@ -43,7 +52,7 @@ def check_resumable(config: Config, manifest: Manifest) -> None:
         return
     meta = checkpoint.Meta.read(intact[-1])
     # Through `config_of`, so that keys younger than the checkpoint have their default.
-    saved = to_dict(config_of(meta.config, str(intact[-1])))
+    saved = to_dict(config_of(meta.config, intact[-1]))
     changed = differences(saved, to_dict(config))
     if changed:
         raise UserError(
@@ -57,28 +66,74 @@ def check_resumable(config: Config, manifest: Manifest) -> None:
         )
 
 
-def find_checkpoint(config: Config, ranks: Ranks, log: RunLog) -> Path | None:
-    """What to resume from. In this order:
+def directory_of(config: Config) -> str:
+    """Where the run's checkpoints go."""
+    return config.checkpoint.url or str(Path(config.run.dir) / "checkpoints")
 
-    1. the newest checkpoint of the run's folder that verifies: rank 0 hashes, the others follow;
-    2. the one that run.resume names (it was verified before), for a folder without any;
-    3. none: from scratch.
+
+def restore_newest(
+    config: Config,
+    ranks: Ranks,
+    log: RunLog,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> TrainState:
+    """Puts model and optimizer where the run goes on from; returns its state. In this order:
+
+    1. the newest checkpoint of the run that verifies: others are passed over aloud;
+    2. the one that run.resume names, for a run without any;
+    3. none: a new state, and everything as it is.
 
     Raises:
         UserError: there are checkpoints, and none verifies.
     """
-    directory = Path(config.run.dir) / "checkpoints"
-    found = len(checkpoint.committed(directory)) if ranks.is_main else 0
-    newest = checkpoint.newest_valid(directory, log.say) if ranks.is_main else None
-    step, found = ranks.sum_int(checkpoint.step_of(newest) if newest else 0, found)
-    if step:
-        return checkpoint.path_of(directory, step)
-    if found:
-        raise UserError(
-            f"{directory}: none of its {found} checkpoints verifies; "
-            "move them away to start from scratch"
-        )
-    return None if config.run.resume in ("auto", "never") else Path(config.run.resume)
+    directory = directory_of(config)
+    candidates = checkpoint.committed(directory)[::-1] if ranks.is_main else []
+    (num_found,) = ranks.sum_int(len(candidates))
+    named = config.run.resume if config.run.resume not in ("auto", "never") else ""
+    if not num_found and not named:
+        return TrainState()
+    for place in range(num_found or 1):
+        # Rank 0's listing counts: in a bucket another rank may be shown another one.
+        (step,) = ranks.sum_int(checkpoint.step_of(candidates[place]) if candidates else 0)
+        candidate = checkpoint.path_of(directory, step) if num_found else named
+        with _verified(candidate, Path(config.run.dir), ranks, log) as folder:
+            if folder is not None:
+                state = checkpoint.Meta.read(str(folder)).state
+                checkpoint.restore(folder, model, optimizer)
+                log.say(f"resumed from {checkpoint.name_of(candidate)}")
+                return state
+    raise UserError(
+        f"{directory if num_found else named}: none of its {num_found or 1} checkpoints verifies; "
+        "move them away to start from scratch"
+    )
+
+
+@contextlib.contextmanager
+def _verified(candidate: str, run: Path, ranks: Ranks, log: RunLog) -> Iterator[Path | None]:
+    """The checkpoint as a local folder, for all ranks, or None for all when it does not verify.
+
+    On local storage rank 0 hashes it. One in a bucket is downloaded once a node.
+    """
+    remote = storage.is_remote(candidate)
+    folder = (
+        scratch_of(run) / checkpoint.name_of(candidate) if remote else storage.local_path(candidate)
+    )
+    problems: list[str] = []
+    if remote and os.environ.get("LOCAL_RANK", "0") == "0":
+        problems = checkpoint.fetch(candidate, folder)
+    elif not remote and ranks.is_main:
+        problems = checkpoint.verify(candidate)
+    if problems:
+        name = checkpoint.name_of(candidate)
+        log.warn(f"checkpoint {name} does not verify ({problems[0]}); going back")
+    (num_problems,) = ranks.sum_int(len(problems))
+    try:
+        yield None if num_problems else folder
+    finally:
+        if remote:
+            ranks.barrier()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def lock_run(folder: Path, ranks: Ranks) -> int | None:

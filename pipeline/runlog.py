@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, to_toml
+from pipeline.config import CONFIG_NAME, Config, to_toml
 from pipeline.ranks import Ranks, said_once
 from pipeline.state import TrainState
 from shards import storage
@@ -29,7 +29,7 @@ class RunLog:
         self._since_s = time.perf_counter()
         if not self.ranks.is_main:
             return
-        storage.publish_text(to_toml(config), str(self.path.with_name("config.toml")))
+        storage.publish_text(to_toml(config), str(self.path.with_name(CONFIG_NAME)))
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
         storage.publish_text("".join(line + "\n" for line in kept), str(self.path))

@@ -12,15 +12,19 @@ EXIT_REQUEUE = 75
 
 
 class StopRequest:
-    """Whether this process was asked to stop: by SIGTERM, SIGUSR1 or run.max_time_s."""
+    """Whether this process was asked to stop: by SIGTERM, SIGUSR1, run.max_time_s or `ask`."""
 
     def __init__(self, max_time_s: float) -> None:
-        self._signalled = False
+        self._asked = False
         self._deadline_s = time.monotonic() + max_time_s if max_time_s else math.inf
 
     @property
     def requested(self) -> bool:
-        return self._signalled or time.monotonic() > self._deadline_s
+        return self._asked or time.monotonic() > self._deadline_s
+
+    def ask(self) -> None:
+        """Asks this process to stop; from any thread."""
+        self._asked = True
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -36,4 +40,4 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+        self._asked = True

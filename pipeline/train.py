@@ -34,6 +34,7 @@ from pipeline.order import Order, fold_digest
 from pipeline.ranks import Ranks, said_once
 from pipeline.rng import torch_seed
 from pipeline.runlog import RunLog
+from pipeline.saver import Saver, clear_scratch
 from pipeline.state import TrainState
 from pipeline.stop import EXIT_REQUEUE, StopRequest
 from pipeline.stream import BatchDataset, TrainPlans, grouped, make_loader
@@ -62,6 +63,8 @@ class Run:
     wrapped_optimizer: Any
     state: TrainState
     log: RunLog
+    stop: StopRequest
+    saver: Saver
     data_digest: str
     lock: int | None
 
@@ -86,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, *, as_json: bool = False) -> int:
     """One run from its configuration; returns the exit status."""
     run = setup(config)
-    stopped = fit(run)
+    with contextlib.closing(run.saver), said_once():
+        stopped = fit(run)
+        run.saver.finish()
     if run.ranks.is_main and as_json:
         print(json.dumps({**asdict(run.state), "stopped": stopped}))
     run.accelerator.end_training()
@@ -114,29 +119,29 @@ def setup(config: Config) -> Run:
     log = RunLog(Path(config.run.dir), ranks)
     with said_once():
         lock = resume.lock_run(Path(config.run.dir), ranks)
-        found = resume.find_checkpoint(config, ranks, log)
+    clear_scratch(Path(config.run.dir))
     model.to(accelerator.device)
     optimizer = build_optimizer(model, config.optim)
     wrapped, wrapped_optimizer = accelerator.prepare(model, optimizer)
-    state = TrainState()
-    if found is not None:
-        state = checkpoint.Meta.read(found).state
-        checkpoint.restore(model, optimizer, checkpoint.load_tensors(found))
-        if accelerator.scaler is not None and state.loss_scale:
-            accelerator.scaler.load_state_dict(state.loss_scale)
+    with said_once():
+        state = resume.restore_newest(config, ranks, log, model, optimizer)
+    if accelerator.scaler is not None and state.loss_scale:
+        accelerator.scaler.load_state_dict(state.loss_scale)
+    stop = StopRequest(config.run.max_time_s)
+    directory = resume.directory_of(config)
+    saver = Saver(directory, Path(config.run.dir), config.checkpoint, log, stop)
     total_steps = config.run.steps or config.run.epochs * order.steps_per_epoch
     run = Run(
         config=config, data_digest=manifest.data_digest, order=order, total_steps=total_steps,
         train_data=train_data, val_data=val_data, accelerator=accelerator, ranks=ranks, task=task,
         model=model, wrapped=wrapped, optimizer=optimizer, wrapped_optimizer=wrapped_optimizer,
-        state=state, log=log, lock=lock,
+        state=state, log=log, stop=stop, saver=saver, lock=lock,
     )  # fmt: skip
     log.start(config, state.step)
     log.say(
         f"{config.model.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
         f", {ranks.world_size} x {accelerator.device.type}; {order.num_samples} samples, "
         f"{order.steps_per_epoch} steps an epoch; steps {state.step} to {total_steps}"
-        + (f"; resumed from {found.name}" if found else "")
     )
     return run
 
@@ -148,16 +153,15 @@ def fit(run: Run) -> bool:
     plans = TrainPlans(order, micros, state.step, run.total_steps)
     pin = run.accelerator.device.type == "cuda"
     loader = make_loader(run.train_data, plans, workers=config.data.workers, pin=pin)
-    stop = StopRequest(config.run.max_time_s)
     settle_buckets(run)
     validate_every = config.validate.every_steps or order.steps_per_epoch
     save_every = config.checkpoint.every_steps or order.steps_per_epoch
     run.wrapped.train()
-    with stop.listening(), contextlib.closing(grouped(loader, len(micros))) as steps:
+    with run.stop.listening(), contextlib.closing(grouped(loader, len(micros))) as steps:
         for batches, wait_s in steps:
             if has_converged(run):
                 return False
-            stopping = train_step(run, batches, wait_s, stop)
+            stopping = train_step(run, batches, wait_s)
             last = state.step == run.total_steps
             improved = False
             if run.val_data is not None and (last or state.step % validate_every == 0):
@@ -166,12 +170,13 @@ def fit(run: Run) -> bool:
             if due or has_converged(run):
                 save(run)
             if stopping and not last:
+                run.saver.finish()
                 run.log.say(f"stopped after step {state.step}, saved; start again to go on")
                 return True
     return False
 
 
-def train_step(run: Run, batches: Sequence[Batch], wait_s: float, stop: StopRequest) -> bool:
+def train_step(run: Run, batches: Sequence[Batch], wait_s: float) -> bool:
     """One optimizer step over this rank's microbatches; True when some rank was asked to stop."""
     config, state, accelerator = run.config, run.state, run.accelerator
     # The step's one exchange besides the gradients: the weight that the loss is divided by, the
@@ -180,7 +185,7 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float, stop: StopRequ
         sum(run.task.weight(batch) for batch in batches),
         sum(batch.order_hash for batch in batches),
         sum(len(batch.bad) for batch in batches),
-        int(stop.requested),
+        int(run.stop.requested),
     )
     bad = [line for batch in batches for line in batch.bad]
     run.log.account_for_bad(state, bad, num_bad, config.data.max_bad)
@@ -232,8 +237,7 @@ def validate(run: Run, data: BatchDataset) -> bool:
         )  # fmt: skip
     except BadSamplesError:
         save(run)  # what was trained is not lost
-        with said_once():
-            raise
+        raise
     epoch, _ = run.order.epoch_of(state.step - 1)
     run.log.row({"step": state.step, "epoch": epoch, "split": "val", **metrics}, of=run.total_steps)
     metric = run.config.validate.metric or run.task.metric
@@ -256,21 +260,16 @@ def has_converged(run: Run) -> bool:
 
 
 def save(run: Run) -> None:
-    """Commits a checkpoint of the finished step, then prunes older ones."""
-    config, scaler = run.config, run.accelerator.scaler
+    """Begins a checkpoint of the finished step; it is committed while training goes on."""
+    scaler = run.accelerator.scaler
     run.state.loss_scale = scaler.state_dict() if scaler is not None else {}
-    directory = Path(config.run.dir) / "checkpoints"
     meta = checkpoint.Meta(
         state=run.state,
-        config=to_dict(config),
+        config=to_dict(run.config),
         data_digest=run.data_digest,
         versions={"pixloom": __version__, "torch": str(torch.__version__)},
     )
-    checkpoint.save(directory, checkpoint.tensors_of(run.model, run.optimizer), meta, run.ranks)
-    if run.ranks.is_main:
-        checkpoint.prune(
-            directory, run.state.step, config.checkpoint.keep_last, run.state.best_step
-        )
+    run.saver.save(checkpoint.tensors_of(run.model, run.optimizer), meta)
 
 
 def settle_buckets(run: Run) -> None:

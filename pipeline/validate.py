@@ -129,7 +129,7 @@ def _validate(arguments: argparse.Namespace) -> int:
         row: dict[str, Any] = {
             "split": arguments.split,
             "data_digest": manifest.data_digest,
-            "checkpoint": chosen.name,
+            "checkpoint": checkpoint.name_of(chosen),
             **metrics,
         }
         name = f"validate-{arguments.split}"

@@ -22,8 +22,8 @@ from shards.storage import load_manifest
 STEPS = 40
 
 
-def last_checkpoint(run: Path) -> Path:
-    return checkpoint.committed(run / "checkpoints")[-1]
+def last_checkpoint(run: Path) -> str:
+    return checkpoint.committed(str(run / "checkpoints"))[-1]
 
 
 def state_of(run: Path) -> TrainState:
@@ -101,7 +101,7 @@ def test_three_ranks_resume_bit_for_bit(
     words = ["--config", config, "--run.steps", 12]
     start("pipeline.train", *words, "--run.dir", whole, world_size=3).succeed()
     shutil.copytree(whole, stopped)
-    for newer in checkpoint.committed(stopped / "checkpoints")[1:]:
+    for newer in checkpoint.committed(str(stopped / "checkpoints"))[1:]:
         shutil.rmtree(newer)
     assert state_of(stopped).step == 4
     start("pipeline.train", *words, "--run.dir", stopped, world_size=3).succeed()
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     words = ["--config", make_config("run"), "--run.dir", run, "--run.steps", 9]
     start("pipeline.train", *words, world_size=1).succeed()
     digest = state_of(run).order_digest
-    victim = next(last_checkpoint(run).glob("tensors-*"))
+    victim = next(Path(last_checkpoint(run)).glob("tensors-*"))
     body = bytearray(victim.read_bytes())
     body[len(body) // 2] ^= 1
     victim.write_bytes(body)
