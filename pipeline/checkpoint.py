@@ -352,7 +352,10 @@ def _empty_state(parameter: nn.Parameter, size: torch.Size, dtype: torch.dtype) 
 def _folders(directory: str) -> dict[str, bool]:
     """Checkpoints, oldest first, and whether they are committed."""
     found: dict[str, bool] = {}
-    for name in storage.list_files(directory):
+    names = list(storage.list_files(directory))
+    if not storage.is_remote(directory) and storage.exists(directory):
+        names += [path.name for path in storage.local_path(directory).iterdir()]  # empty ones too
+    for name in names:
         folder, _, file = name.partition("/")
         if re.fullmatch(r"step-\d{8,}", folder):
             found[folder] = found.get(folder, False) or file == COMMIT_NAME

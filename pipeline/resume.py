@@ -125,8 +125,9 @@ def _verified(candidate: str, run: Path, ranks: Ranks, log: RunLog) -> Iterator[
     elif not remote and ranks.is_main:
         problems = checkpoint.verify(candidate)
     if problems:
-        name = checkpoint.name_of(candidate)
-        log.warn(f"checkpoint {name} does not verify ({problems[0]}); going back")
+        log.warn(
+            f"checkpoint {checkpoint.name_of(candidate)} does not verify ({problems[0]}); going back"
+        )
     (num_problems,) = ranks.sum_int(len(problems))
     try:
         yield None if num_problems else folder

@@ -114,9 +114,8 @@ class Checkpoints:
     def state(self, step: int) -> TrainState:
         return checkpoint.Meta.read(self._by_step()[step]).state
 
-    def _by_step(self) -> dict[int, Any]:
-        directory: Any = self.where if "://" in self.where else Path(self.where)
-        return {checkpoint.step_of(found): found for found in checkpoint.committed(directory)}
+    def _by_step(self) -> dict[int, str]:
+        return {checkpoint.step_of(found): found for found in checkpoint.committed(self.where)}
 
 
 @dataclass(frozen=True)
