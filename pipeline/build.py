@@ -15,6 +15,7 @@ from pipeline import checkpoint
 from pipeline.config import Config
 from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.order import Order
+from pipeline.parallel import unsharded_accelerate
 from pipeline.rng import torch_seed
 from pipeline.stream import BatchDataset, SampleReader
 from pipeline.tasks import Task
@@ -118,10 +119,11 @@ def new_accelerator(config: Config) -> Accelerator:
     # Models have no buffers that change, so there is nothing to send before a forward pass; the
     # argument's successor has another name and does not exist in every supported torch.
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-    return Accelerator(
-        mixed_precision=precision if precision in ("bf16", "fp16") else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    with unsharded_accelerate():
+        return Accelerator(
+            mixed_precision=precision if precision in ("bf16", "fp16") else "no",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
 
 
 def check_metric(config: Config, task: Task) -> None:

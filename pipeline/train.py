@@ -31,6 +31,7 @@ from pipeline.config import Config, add_config_flags, config_from, parse_flags, 
 from pipeline.metrics import is_better
 from pipeline.optim import build_optimizer, learning_rate
 from pipeline.order import Order, fold_digest
+from pipeline.parallel import Parallel, Sharded, check_launcher, share_model
 from pipeline.ranks import Ranks, said_once
 from pipeline.rng import torch_seed
 from pipeline.runlog import RunLog
@@ -54,9 +55,10 @@ class Run:
     val_data: BatchDataset | None
     accelerator: Accelerator
     ranks: Ranks
+    parallel: Parallel
     task: Task
     model: nn.Module
-    """the bare model; `wrapped` is the same one inside DDP and autocast"""
+    """the bare model, under FSDP2 in parts; `wrapped` is the same one inside DDP and autocast"""
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     """the bare optimizer; `wrapped_optimizer` scales gradients in fp16"""
@@ -112,6 +114,7 @@ def setup(config: Config) -> Run:
         model = build.new_model(config, manifest)
         task = build_task(config.model, build.dtype_of(config))
         build.check_metric(config, task)
+        check_launcher(config.optim.precision)
         resume.check_resumable(config, manifest)
 
     accelerator = build.new_accelerator(config)
@@ -120,9 +123,9 @@ def setup(config: Config) -> Run:
     with said_once():
         lock = resume.lock_run(Path(config.run.dir), ranks)
     clear_scratch(Path(config.run.dir))
-    model.to(accelerator.device)
+    parallel = share_model(model, accelerator)
     optimizer = build_optimizer(model, config.optim)
-    wrapped, wrapped_optimizer = accelerator.prepare(model, optimizer)
+    wrapped, wrapped_optimizer = parallel.prepare(optimizer)
     with said_once():
         state = resume.restore_newest(config, ranks, log, model, optimizer)
     if accelerator.scaler is not None and state.loss_scale:
@@ -135,13 +138,14 @@ def setup(config: Config) -> Run:
         config=config, data_digest=manifest.data_digest, order=order, total_steps=total_steps,
         train_data=train_data, val_data=val_data, accelerator=accelerator, ranks=ranks, task=task,
         model=model, wrapped=wrapped, optimizer=optimizer, wrapped_optimizer=wrapped_optimizer,
-        state=state, log=log, stop=stop, saver=saver, lock=lock,
+        state=state, log=log, stop=stop, saver=saver, lock=lock, parallel=parallel,
     )  # fmt: skip
     log.start(config, state.step)
     log.say(
         f"{config.model.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
-        f", {ranks.world_size} x {accelerator.device.type}; {order.num_samples} samples, "
-        f"{order.steps_per_epoch} steps an epoch; steps {state.step} to {total_steps}"
+        f", {ranks.world_size} x {accelerator.device.type}{parallel.label}; "
+        f"{order.num_samples} samples, {order.steps_per_epoch} steps an epoch; "
+        f"steps {state.step} to {total_steps}"
     )
     return run
 
@@ -190,19 +194,19 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float) -> bool:
     bad = [line for batch in batches for line in batch.bad]
     run.log.account_for_bad(state, bad, num_bad, config.data.max_bad)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for place, batch in enumerate(batches):
+    for batch, share, sync in run.parallel.rounds(batches, run.order.num_micro):
         # Dropout depends on the microbatch, never on the process that computes it.
         torch.manual_seed(torch_seed(config.run.seed, "dropout", state.step, batch.micro))
-        last = place == len(batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(run.wrapped):
+        with sync:
             micro_loss_sum = run.task.loss_sum(
                 run.wrapped, batch.to(accelerator.device), shift_px=config.data.shift_px
             )
-            # DDP averages over ranks: times W, the average is the sum.
-            accelerator.backward(micro_loss_sum * (run.ranks.world_size / max(weight, 1)))
-        loss_sum += micro_loss_sum.detach()
+            # Gradients are averaged over ranks: times W, the average is the sum.
+            accelerator.backward(micro_loss_sum * (share * run.ranks.world_size / max(weight, 1)))
+        if share:
+            loss_sum += micro_loss_sum.detach()
     clip_norm = config.optim.clip_norm or math.inf
-    grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), clip_norm)
+    grad_norm = run.parallel.clip_grad_norm(clip_norm)
     lr = learning_rate(state.step, config.optim, run.total_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -232,7 +236,7 @@ def validate(run: Run, data: BatchDataset) -> bool:
     state = run.state
     try:
         metrics = evaluate(
-            run.model, run.task, data, run.ranks, run.accelerator,
+            run.parallel.whole_model(), run.task, data, run.ranks, run.accelerator,
             batch_size=run.config.validate.batch_size, workers=run.config.data.workers,
         )  # fmt: skip
     except BadSamplesError:
@@ -279,7 +283,8 @@ def settle_buckets(run: Run) -> None:
     more the layout decides in which order gradients are added. So a run that resumes would round
     differently from the one that never stopped.
     """
-    if run.ranks.world_size == 1 or run.state.step >= run.total_steps:
+    replicas = 1 if isinstance(run.parallel, Sharded) else run.ranks.world_size
+    if replicas == 1 or run.state.step >= run.total_steps:
         return
     micros = run.order.micros_of(run.ranks.rank, run.ranks.world_size)
     plans = TrainPlans(run.order, micros, run.state.step, run.state.step + 1)

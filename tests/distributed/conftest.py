@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,14 @@ ROOT = Path(__file__).parents[2]
 class Job:
     """One process a rank. Output goes to a file a rank, shown when a job fails."""
 
-    def __init__(self, module: str, words: list[str], world_size: int, logs: Path) -> None:
+    def __init__(
+        self,
+        module: str,
+        words: list[str],
+        world_size: int,
+        logs: Path,
+        environment: Mapping[str, str],
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -29,7 +36,7 @@ class Job:
         self.logs = [logs / f"rank-{rank}.log" for rank in range(world_size)]
         self.processes = []
         for rank, log in enumerate(self.logs):
-            environment = {
+            rank_environment = {
                 **os.environ,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -39,13 +46,14 @@ class Job:
                 "MASTER_PORT": str(port),
                 "ACCELERATE_USE_CPU": "true",
                 "OMP_NUM_THREADS": "1",
+                **environment,
             }
             with log.open("wb") as out:
                 self.processes.append(
                     subprocess.Popen(
                         [sys.executable, "-W", "error", "-m", module, *words],
                         cwd=ROOT,
-                        env=environment,
+                        env=rank_environment,
                         stdout=out,
                         stderr=subprocess.STDOUT,
                     )
@@ -81,12 +89,21 @@ StartJob = Callable[..., Job]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[StartJob]:
-    """Starts `module` on `world_size` ranks; what still runs at the end is killed."""
+    """Starts `module` on `world_size` ranks; what still runs at the end is killed.
+
+    `environment` is added to theirs, as a launcher would.
+    """
     jobs: list[Job] = []
 
-    def start_job(module: str, *words: object, world_size: int) -> Job:
+    def start_job(
+        module: str,
+        *words: object,
+        world_size: int,
+        environment: Mapping[str, str] | None = None,
+    ) -> Job:
         logs = tmp_path / f"job-{len(jobs)}"
-        jobs.append(Job(module, [str(word) for word in words], world_size, logs))
+        texts = [str(word) for word in words]
+        jobs.append(Job(module, texts, world_size, logs, environment or {}))
         return jobs[-1]
 
     yield start_job
