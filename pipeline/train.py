@@ -39,6 +39,7 @@ from pipeline.stop import EXIT_REQUEUE, StopRequest
 from pipeline.stream import BatchDataset, TrainPlans, grouped, make_loader
 from pipeline.tasks import Task, build_task
 from pipeline.validate import BadSamplesError, evaluate
+from pipeline.warm_start import warm_start
 from shards import storage
 
 
@@ -115,6 +116,8 @@ def setup(config: Config) -> Run:
     with said_once():
         lock = resume.lock_run(Path(config.run.dir), ranks)
         found = resume.find_checkpoint(config, ranks, log)
+        if found is None and config.run.init:
+            log.say(warm_start(model, config.run.init).line)
     model.to(accelerator.device)
     optimizer = build_optimizer(model, config.optim)
     wrapped, wrapped_optimizer = accelerator.prepare(model, optimizer)
