@@ -15,6 +15,7 @@ VERBS = {
     "show": ("shards.show", "draw a contact sheet and statistics of a packed dataset"),
     "train": ("pipeline.train", "train, or resume, a run (one process; see below for more)"),
     "validate": ("pipeline.validate", "all metrics of a checkpoint on a split"),
+    "predict": ("pipeline.predict", "code or reconstructions of images, by a run or an export"),
     "order": ("pipeline.order", "the sample keys of one step"),
     "report": ("pipeline.report", "draw a run: curves, and samples beside predictions"),
     "checkpoint": ("pipeline.checkpoint", "list or verify the checkpoints of a run"),

@@ -5,6 +5,7 @@ here, in one line, before a process group exists.
 """
 
 import math
+import os
 import warnings
 
 import torch
@@ -116,6 +117,9 @@ def new_accelerator(config: Config) -> Accelerator:
     precision = config.optim.precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("optim.precision = fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
+        torch.use_deterministic_algorithms(True)
     # Models have no buffers that change, so there is nothing to send before a forward pass; the
     # argument's successor has another name and does not exist in every supported torch.
     warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)

@@ -10,6 +10,7 @@ processes reads it, is `pipeline.dcp`'s subject; saving beside the training is `
 
     pixloom checkpoint ls RUN              the checkpoints, newest last
     pixloom checkpoint verify RUN          hash every file of every checkpoint
+    pixloom checkpoint export RUN --out F  the model alone, see `pipeline.export`
 """
 
 import argparse
@@ -425,13 +426,29 @@ def _sha256(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`pixloom checkpoint`."""
+    # Here, because an export is built from a checkpoint.
+    from pipeline.export import add_export_arguments, run_export
+
     parser = argparse.ArgumentParser(
-        prog="pixloom checkpoint", description="List or verify the checkpoints of a run."
+        prog="pixloom checkpoint", description="List, verify or export the checkpoints of a run."
     )
-    parser.add_argument("action", choices=["ls", "verify"])
-    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    return storage.command("checkpoint", lambda: _list(parser.parse_args(argv)))
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    helps = {
+        "ls": "the checkpoints, newest last",
+        "verify": "hash every file of every checkpoint",
+    }
+    for name, text in helps.items():
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+        action.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    text = "the model alone, as one safetensors file with its configuration and tokenizer"
+    add_export_arguments(actions.add_parser("export", help=text, description=text))
+
+    def run() -> int:
+        arguments = parser.parse_args(argv)
+        return run_export(arguments) if arguments.action == "export" else _list(arguments)
+
+    return storage.command("checkpoint", run)
 
 
 def _list(arguments: argparse.Namespace) -> int:

@@ -38,6 +38,9 @@ class RunConfig:
     """epochs to train; 0: use run.steps"""
     resume: str = "auto"
     """auto: newest checkpoint that verifies; never: refuse a folder with any; or a PATH"""
+    init: str = ""
+    """initial weights: an export's folder or its model.safetensors, or a state dict of torchvision
+    (.safetensors, or .pth read with weights_only=True); used when the run has no checkpoint"""
     max_time_s: float = 0.0
     """seconds after which to finish the step, save and stop; 0: no limit"""
     deterministic: bool = False

@@ -71,6 +71,14 @@ def directory_of(config: Config) -> str:
     return config.checkpoint.url or str(Path(config.run.dir) / "checkpoints")
 
 
+def is_new(config: Config, ranks: Ranks) -> bool:
+    """Whether `restore_newest` will find nothing to go on from."""
+    (num_found,) = ranks.sum_int(
+        len(checkpoint.committed(directory_of(config))) if ranks.is_main else 0
+    )
+    return not num_found and config.run.resume in ("auto", "never")
+
+
 def restore_newest(
     config: Config,
     ranks: Ranks,
@@ -125,9 +133,7 @@ def _verified(candidate: str, run: Path, ranks: Ranks, log: RunLog) -> Iterator[
     elif not remote and ranks.is_main:
         problems = checkpoint.verify(candidate)
     if problems:
-        log.warn(
-            f"checkpoint {checkpoint.name_of(candidate)} does not verify ({problems[0]}); going back"
-        )
+        log.warn(f"{checkpoint.name_of(candidate)} does not verify ({problems[0]}); going back")
     (num_problems,) = ranks.sum_int(len(problems))
     try:
         yield None if num_problems else folder

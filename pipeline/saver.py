@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline import checkpoint, dcp
 from pipeline.checkpoint import Meta
-from pipeline.config import CheckpointConfig
+from pipeline.config import Config
 from pipeline.ranks import Ranks
 from pipeline.runlog import RunLog
 from pipeline.stop import StopRequest
@@ -35,18 +35,16 @@ class Saver:
 
     Args:
         directory: where checkpoints go.
-        run: the run's folder; files for a bucket are made below it first.
-        stop: asked to stop the run when a save fails and `config.on_error` is `stop`.
+        stop: asked to stop the run when a save fails and checkpoint.on_error is `stop`.
     """
 
-    def __init__(
-        self, directory: str, run: Path, config: CheckpointConfig, log: RunLog, stop: StopRequest
-    ) -> None:
-        self.directory, self.config, self.log, self.stop = directory, config, log, stop
+    def __init__(self, directory: str, config: Config, log: RunLog, stop: StopRequest) -> None:
+        self.directory, self.log, self.stop = directory, log, stop
+        self.config = config.checkpoint
         self.ranks = Ranks.of_run(_GROUP_TIMEOUT)
         self.blocked_s = 0.0
         """seconds that the training waited, over all saves"""
-        self._scratch = scratch_of(run) / f"rank-{self.ranks.rank}"
+        self._scratch = scratch_of(Path(config.run.dir)) / f"rank-{self.ranks.rank}"
         self._stage = dcp.Stage()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None

@@ -70,8 +70,12 @@ def prepare_images(batch: Batch, dtype: torch.dtype, shift_px: int = 0) -> Tenso
         image_BHWC = image_BCHW.permute(0, 2, 3, 1)
         image_BHWC = image_BHWC[sample_B11, rows_BH[:, :, None], columns_BW[:, None, :]]
         image_BCHW = image_BHWC.permute(0, 3, 1, 2)
-    image_BCHW = image_BCHW.to(dtype=dtype, memory_format=torch.channels_last)
-    return image_BCHW / 255
+    return as_floats(image_BCHW, dtype)
+
+
+def as_floats(image_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 images to floats in [0, 1], channels last in memory."""
+    return image_BCHW.to(dtype=dtype, memory_format=torch.channels_last) / 255
 
 
 class Seq2SeqTask:

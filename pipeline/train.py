@@ -41,6 +41,7 @@ from pipeline.stop import EXIT_REQUEUE, StopRequest
 from pipeline.stream import BatchDataset, TrainPlans, grouped, make_loader
 from pipeline.tasks import Task, build_task
 from pipeline.validate import BadSamplesError, evaluate
+from pipeline.warm_start import warm_start
 from shards import storage
 
 
@@ -122,6 +123,8 @@ def setup(config: Config) -> Run:
     log = RunLog(Path(config.run.dir), ranks)
     with said_once():
         lock = resume.lock_run(Path(config.run.dir), ranks)
+        if config.run.init and resume.is_new(config, ranks):
+            log.say(warm_start(model, config.run.init).line)
     clear_scratch(Path(config.run.dir))
     parallel = share_model(model, accelerator)
     optimizer = build_optimizer(model, config.optim)
@@ -131,8 +134,7 @@ def setup(config: Config) -> Run:
     if accelerator.scaler is not None and state.loss_scale:
         accelerator.scaler.load_state_dict(state.loss_scale)
     stop = StopRequest(config.run.max_time_s)
-    directory = resume.directory_of(config)
-    saver = Saver(directory, Path(config.run.dir), config.checkpoint, log, stop)
+    saver = Saver(resume.directory_of(config), config, log, stop)
     total_steps = config.run.steps or config.run.epochs * order.steps_per_epoch
     run = Run(
         config=config, data_digest=manifest.data_digest, order=order, total_steps=total_steps,

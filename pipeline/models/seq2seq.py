@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline.models import backbone
+from pipeline.models.backbone import Backbone
+
 _SUMMARY_ROWS, _SUMMARY_COLUMNS = 6, 5
 _NUM_FREQUENCIES = 8
 _POSITION_DIM = 4 * _NUM_FREQUENCIES
@@ -30,8 +33,11 @@ class Seq2SeqConfig:
 
     name: Literal["seq2seq"] = "seq2seq"
     """Chooses this model."""
+    encoder: Literal["cnn", "resnet18", "resnet50", "efficientnet_b0"] = "cnn"
+    """What sees the image: cnn, a small network of `model.channels`; or a torchvision model, whose
+    weights run.init names."""
     channels: tuple[int, ...] = (24, 48, 96, 128)
-    """Output channels of the encoder's convolutions; each halves height and width."""
+    """Output channels of the cnn encoder's convolutions; each halves height and width."""
     embed_dim: int = 64
     """Size of a token's embedding."""
     latent_dim: int = 256
@@ -108,15 +114,21 @@ class Seq2Seq(nn.Module):
         super().__init__()
         self.config = config
         self.image_shape = (image_channels, image_height, image_width)
-        stride, feature_dim = 2 ** len(config.channels), config.channels[-1]
+        if config.encoder == "cnn":
+            stride, feature_dim = 2 ** len(config.channels), config.channels[-1]
+        else:
+            stride, feature_dim = backbone.STRIDE, backbone.FEATURE_DIMS[config.encoder]
         rows, columns = math.ceil(image_height / stride), math.ceil(image_width / stride)
         # Constants of the size, which no checkpoint needs to hold.
         self.coordinates_1CHW = nn.Buffer(_coordinates(image_height, image_width), persistent=False)
         self.position_NP = nn.Buffer(_fourier_features(rows, columns), persistent=False)
         self.pool_SN = nn.Buffer(_pool_matrix(rows, columns), persistent=False)
 
-        # Brightness, each channel's difference from it, and two channels of coordinates.
-        self.encoder = _encoder(image_channels + 3, config.channels)
+        if config.encoder == "cnn":
+            # Brightness, each channel's difference from it, and two channels of coordinates.
+            self.encoder = _encoder(image_channels + 3, config.channels)
+        else:
+            self.encoder = Backbone(config.encoder, image_channels)
         self.position = nn.Linear(_POSITION_DIM, feature_dim)
         self.key = nn.Linear(feature_dim, config.hidden_dim)
         self.value = nn.Linear(feature_dim, config.hidden_dim)
@@ -161,8 +173,10 @@ class Seq2Seq(nn.Module):
                 f"images of shape {tuple(image_BCHW.shape[1:])} for a model built for "
                 f"{self.image_shape} (channels, height, width)"
             )
-        coordinates_BCHW = self.coordinates_1CHW.expand(len(image_BCHW), -1, -1, -1)
-        grid_BFHW = self.encoder(torch.cat([_standardise(image_BCHW), coordinates_BCHW], dim=1))
+        if self.config.encoder == "cnn":
+            coordinates_BCHW = self.coordinates_1CHW.expand(len(image_BCHW), -1, -1, -1)
+            image_BCHW = torch.cat([_standardise(image_BCHW), coordinates_BCHW], dim=1)
+        grid_BFHW = self.encoder(image_BCHW)
         feature_BNF = grid_BFHW.flatten(2).transpose(1, 2)
         # Dropped once for all tokens of a sample, or the decoder would average over them.
         latent_BL = self.latent_dropout(self.summary((self.pool_SN @ feature_BNF).flatten(1)))

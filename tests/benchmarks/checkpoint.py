@@ -33,7 +33,7 @@ from torch import multiprocessing
 sys.path.insert(0, str(Path(__file__).parents[2]))  # this checkout, not an installed pixloom
 
 from pipeline import checkpoint
-from pipeline.config import CheckpointConfig
+from pipeline.config import config_of
 from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.ranks import Ranks
 from pipeline.runlog import RunLog
@@ -96,9 +96,15 @@ def measure(rank: int, port: int, world_size: int, rounds: int, device: str, fol
     state_bytes = sum(tensor.nbytes for tensor in tensors.values())
 
     ranks, run = Ranks.of_run(), Path(folder)
-    stop = StopRequest(0)
-    config = CheckpointConfig(keep_last=1)
-    saver = Saver(str(run / "checkpoints"), run, config, RunLog(run, ranks), stop)
+    config = config_of(
+        {
+            "run": {"dir": folder, "steps": 1},
+            "data": {"url": ""},
+            "checkpoint": {"keep_last": 1},
+        },
+        "benchmark",
+    )
+    saver = Saver(str(run / "checkpoints"), config, RunLog(run, ranks), StopRequest(0))
     times = Rounds([], [], [])
 
     def save(step: int) -> tuple[float, float]:

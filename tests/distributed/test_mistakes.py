@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,18 @@ def test_a_mistake_is_said_once_and_nobody_hangs(
     lines = [line for log in job.logs for line in log.read_text().splitlines()]
     assert len(lines) == 1, lines
     assert message in lines[0]
+
+
+def test_initial_weights_that_do_not_fit_are_said_once(
+    start: Callable[..., Any], make_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """All ranks read the file, after they have met; one says what is wrong with it."""
+    torch.save({"another": torch.ones(2)}, tmp_path / "weights.pth")
+    words = ["--config", make_config("run"), "--run.dir", tmp_path / "run"]
+    job = start("pipeline.train", *words, "--run.init", tmp_path / "weights.pth", world_size=2)
+    assert job.wait(60) == [2, 2], job.output()
+    assert job.output().count("pixloom train: error: run.init: ") == 1
+    assert "Traceback" not in job.output()
 
 
 def test_damage_on_one_rank_stops_all(

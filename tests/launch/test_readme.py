@@ -32,7 +32,7 @@ def test_the_commands_on_your_data(tmp_path: Path) -> None:
     assert block is not None
     commands = block.group(1).replace("\\\n", " ").splitlines()
     commands = [line for line in commands if line and not line.startswith(("#", "pip install"))]
-    assert len(commands) == 7
+    assert len(commands) == 9
     assert synth.main([str(tmp_path / "my-screens"), "--samples", "120", "--seed", "9"]) == 0
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     environment = {
@@ -58,3 +58,4 @@ def test_the_commands_on_your_data(tmp_path: Path) -> None:
         assert done.returncode == 0, f"$ {command}\n{done.stdout[-4000:]}"
     for name in ("sheet.png", "runs/mine/validate-test.json", "runs/mine/report.png"):
         assert (tmp_path / name).is_file(), name
+    assert len(list((tmp_path / "codes").glob("*.gui"))) == 120

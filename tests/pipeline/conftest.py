@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
+from pipeline import train
 from shards import pack, synth
 
 
@@ -25,3 +27,33 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = "--kind images --size 48x32 --encode jpeg --split train=.7,val=.1,test=.2 --workers 0"
     assert pack.main([str(folder / "raw"), str(folder / "shards"), *words.split()]) == 0
     return folder / "shards"
+
+
+def train_on_cpu(folder: Path, data: Path, words: str) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(reset_partial_state=True)  # what another run set up
+        places = ["--run.dir", str(folder), "--data.url", str(data)]
+        assert train.main([*places, *words.split()]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def screens_run(screens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small seq2seq run on `screens`: checkpoints 30 and 60, whose codes differ by image."""
+    words = """
+    --run.steps 60 --batch.global_size 8 --batch.micro_size 8 --checkpoint.every_steps 30
+    --model.channels 8,16,24 --model.hidden_dim 32 --model.embed_dim 16 --model.latent_dropout 0
+    --optim.lr 1e-2 --validate.every_steps 30
+    """
+    return train_on_cpu(tmp_path_factory.mktemp("runs") / "screens", screens, words)
+
+
+@pytest.fixture(scope="session")
+def pictures_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small autoencoder run on `pictures`."""
+    words = """
+    --run.steps 20 --batch.global_size 8 --batch.micro_size 8 --validate.every_steps 20
+    --model.name autoencoder --model.channels 8,16 --model.latent_dim 16 --optim.lr 1e-2
+    """
+    return train_on_cpu(tmp_path_factory.mktemp("runs") / "pictures", pictures, words)

@@ -141,6 +141,18 @@ def test_only_keys_that_cannot_reach_the_result_may_change(tmp_path: Path) -> No
     assert differences(one, changed) == ["optim.lr: 0.001 -> 0.5"]
 
 
+def test_a_checkpoint_without_younger_keys_has_their_defaults(tmp_path: Path) -> None:
+    now = to_dict(read(tmp_path, SMALL))
+    before = json.loads(json.dumps(now))
+    del before["run"]["init"], before["model"]["encoder"]
+    assert differences(to_dict(config_of(before, "a checkpoint")), now) == []
+    changed = to_dict(read(tmp_path, SMALL, "--run.init", "w.pth", "--model.encoder", "resnet18"))
+    assert differences(to_dict(config_of(before, "a checkpoint")), changed) == [
+        'model.encoder: "cnn" -> "resnet18"',
+        'run.init: "" -> "w.pth"',
+    ]
+
+
 def test_every_key_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     add_config_flags(parser)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.ops import StochasticDepth
 
 from pipeline.decode import greedy
 from pipeline.models import AutoencoderConfig, Seq2Seq, Seq2SeqConfig, build_model
@@ -16,6 +17,11 @@ from shards.format import BOS, EOS, PAD
 SEQ2SEQ = Seq2SeqConfig(
     channels=(8, 16, 24), embed_dim=16, latent_dim=24, hidden_dim=32, num_heads=4, dropout=0.1
 )
+BACKBONES = [
+    replace(SEQ2SEQ, encoder="resnet18"),
+    replace(SEQ2SEQ, encoder="resnet50"),
+    replace(SEQ2SEQ, encoder="efficientnet_b0"),
+]
 AUTOENCODER = AutoencoderConfig(latent_dim=16, channels=(8, 16))
 VOCAB_SIZE = 11
 
@@ -52,6 +58,25 @@ def decisive(model: Seq2Seq) -> Seq2Seq:
 def test_seq2seq_takes_any_size_and_channel_count(size: tuple[int, int, int]) -> None:
     model = seq2seq(*size)
     logits_BTV = model(images(2, *size), torch.randint(0, VOCAB_SIZE, (2, 5)))
+    assert logits_BTV.shape == (2, 5, VOCAB_SIZE)
+    assert logits_BTV.isfinite().all()
+
+
+@pytest.mark.parametrize("config", BACKBONES, ids=lambda config: config.encoder)
+@settings(max_examples=5, deadline=None)
+@given(size=sizes, channels=st.sampled_from([1, 3]))
+def test_a_backbone_takes_any_size(
+    config: Seq2SeqConfig, size: tuple[int, int, int], channels: int
+) -> None:
+    _, height, width = size
+    model = build_model(
+        config,
+        image_channels=channels,
+        image_height=height,
+        image_width=width,
+        vocab_size=VOCAB_SIZE,
+    )
+    logits_BTV = model(images(2, channels, height, width), torch.randint(0, VOCAB_SIZE, (2, 5)))
     assert logits_BTV.shape == (2, 5, VOCAB_SIZE)
     assert logits_BTV.isfinite().all()
 
@@ -142,14 +167,14 @@ def test_padding_changes_no_logits_before_it() -> None:
     torch.testing.assert_close(model(image_BCHW, padded_BT)[:, :6], model(image_BCHW, token_BT))
 
 
-@pytest.mark.parametrize("config", [SEQ2SEQ, AUTOENCODER])
+@pytest.mark.parametrize("config", [SEQ2SEQ, AUTOENCODER, *BACKBONES])
 def test_samples_do_not_see_their_batch(config: Seq2SeqConfig | AutoencoderConfig) -> None:
     torch.manual_seed(0)
     model = build_model(
         config, image_channels=3, image_height=32, image_width=48, vocab_size=VOCAB_SIZE
     ).train()
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.Dropout | StochasticDepth):
             module.p = 0.0
     image_BCHW = images(5)
     inputs = [image_BCHW]
@@ -171,7 +196,7 @@ def test_dropout_follows_the_default_generator() -> None:
     assert not torch.equal(logits_from(1), logits_from(2))
 
 
-@pytest.mark.parametrize("config", [SEQ2SEQ, AUTOENCODER])
+@pytest.mark.parametrize("config", [SEQ2SEQ, AUTOENCODER, *BACKBONES[:2]])
 def test_gradients_reach_every_parameter(config: Seq2SeqConfig | AutoencoderConfig) -> None:
     torch.manual_seed(0)
     model = build_model(

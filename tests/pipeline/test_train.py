@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 from accelerate.state import AcceleratorState
 
 from pipeline import checkpoint, order, train, validate
@@ -276,3 +278,54 @@ def test_half_precision_needs_a_gpu(
     assert run(tmp_path / "run", screens, "--optim.precision", "fp16") == 2
     assert "fp16 needs a GPU" in capsys.readouterr().err
     assert run(tmp_path / "run", screens, "--optim.precision", "bf16") == 0
+
+
+def test_a_backbone_starts_from_torchvision_s_weights_and_trains(
+    cpu: None, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init = tmp_path / "resnet18.pth"
+    weights = torchvision.models.resnet18(weights=None).state_dict()
+    weights["bn1.running_mean"].uniform_()
+    torch.save(weights, init)
+    flags = ["--model.encoder", "resnet18", "--run.init", init, "--run.steps", 2]
+    assert run(tmp_path / "run", screens, *flags) == 0
+    assert f"pixloom: initial weights: 75 of the 102 tensors of {init}" in capsys.readouterr().err
+    tensors = checkpoint.load_tensors(checkpoint.choose(tmp_path / "run", "last"))
+    assert torch.equal(tensors["model/encoder.bn1.running_mean"], weights["bn1.running_mean"])
+    assert not torch.equal(tensors["model/encoder.conv1.weight"], weights["conv1.weight"])
+    assert "optimizer/encoder.bn1.weight/exp_avg" not in tensors
+
+    init.unlink()  # a run with checkpoints needs it no more
+    assert run(tmp_path / "run", screens, *flags) == 0
+    err = capsys.readouterr().err
+    assert "resumed from step-00000002" in err
+    assert "initial weights" not in err
+    assert run(tmp_path / "other", screens, *flags) == 2
+    assert "run.init: " in capsys.readouterr().err
+    assert run(tmp_path / "run", screens, *flags[:2], *flags[4:]) == 2
+    assert f'run.init: "{init}" -> ""' in capsys.readouterr().err
+
+
+def test_a_run_starts_from_an_export(
+    trained: Path, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checkpoint.main(["export", str(trained), "--out", str(tmp_path / "export")]) == 0
+    flags = ["--run.init", tmp_path / "export", "--run.steps", 1, "--optim.lr", 1e-30]
+    assert run(tmp_path / "second", screens, *flags) == 0
+    assert "left out" not in capsys.readouterr().err
+    before = checkpoint.load_tensors(checkpoint.choose(trained, "best"))
+    after = checkpoint.load_tensors(checkpoint.choose(tmp_path / "second", "last"))
+    for name, tensor in before.items():
+        assert not name.startswith("model/") or torch.equal(tensor, after[name]), name
+
+
+def test_a_backbone_needs_images_that_it_can_see(
+    cpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "shards"
+    assert synth.main([str(raw), "--samples", "9", "--seed", "1"]) == 0
+    words = ["--size", "32x32", "--channels", "4", "--split", "train=1", "--workers", "0"]
+    assert pack.main([str(raw), str(out), *words]) == 0
+    capsys.readouterr()
+    assert run(tmp_path / "run", out, "--model.encoder", "resnet18") == 2
+    assert "takes images of 1 or 3 channels, and these have 4" in error_line(capsys)

@@ -1,0 +1,342 @@
+"""What a trained model makes of images: code, or reconstructions. Of a run or of an export.
+
+Images go through the gate and the fitting that packing used (`shards.images`), so an image gives
+the same pixels here as in its shard. One that is refused is named, and the rest is done.
+
+    python -m pipeline.predict RUN shot.png                 its code, on stdout
+    python -m pipeline.predict EXPORT folder more.png       a line an image: FILE, tab, code
+    python -m pipeline.predict RUN folder --out codes --code-suffix .gui
+    python -m pipeline.predict RUN folder --out rebuilt     autoencoder: PNGs, and errors on stdout
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from pipeline.build import dtype_of
+from pipeline.config import Config
+from pipeline.decode import greedy
+from pipeline.export import CONFIG_NAME, open_run, read_export
+from pipeline.models import Autoencoder, Seq2Seq
+from pipeline.tasks import as_floats
+from shards import engines, images, storage, tokens
+from shards.format import TOKENIZER_NAME, ImagePolicy
+from shards.images import ImageRefused
+from shards.sources import IMAGE_SUFFIXES
+from shards.storage import UserError
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in eval mode, with what it takes to show it an image and to read its answer."""
+
+    model: nn.Module
+    settings: Config
+    """its `model` and `optim.precision` alone are meant"""
+    image: ImagePolicy
+    tokenizer: Tokenizer | None
+    step: int
+
+    @classmethod
+    def open(cls, folder: Path, which: str | None = None) -> "Trained":
+        """A run's checkpoint `which` (best, last, or a step's number; None is best), or an export.
+
+        Raises:
+            UserError: `folder` is neither, or is damaged; `which` for an export, which has one.
+        """
+        if (folder / "config.toml").is_file():
+            run = open_run(folder, which or "best")
+            model, settings, image = run.model, run.config, run.manifest.image
+            tokenizer_json, step = run.tokenizer_json, run.meta.state.step
+        elif (folder / CONFIG_NAME).is_file():
+            if which is not None:
+                raise UserError(f"--checkpoint {which}: {folder} is an export, it holds one model")
+            export = read_export(folder)
+            model, settings, image = export.build_model(), export.settings, export.image
+            tokenizer_json, step = export.tokenizer_json, export.step
+        else:
+            found = "neither a run nor an export" if folder.is_dir() else "no such folder"
+            raise UserError(f"{folder}: {found} (config.toml or {CONFIG_NAME} is missing)")
+        tokenizer = None
+        if tokenizer_json is not None:
+            tokenizer = tokens.load_tokenizer(tokenizer_json, f"{folder}: its {TOKENIZER_NAME}")
+        return cls(model.eval().to(_device()), settings, image, tokenizer, step)
+
+    def pixels(self, data: bytes) -> NDArray[np.uint8]:
+        """An image file's pixels as training would see them: uint8, (height, width, channels).
+
+        Raises:
+            ImageRefused: packing would not have taken it.
+        """
+        packed = images.fit_and_encode(data, self.image)
+        size = (self.image.width, self.image.height)
+        if self.image.fit == "none" and (packed.width, packed.height) != size:
+            raise ImageRefused(
+                f"{packed.width}x{packed.height} pixels, the model takes {size[0]}x{size[1]} and "
+                "its dataset was packed without --size"
+            )
+        return images.decode(packed.data, self.image.channels)
+
+    @torch.inference_mode()
+    def codes(self, pixels: Sequence[NDArray[np.uint8]]) -> list[str]:
+        """The likeliest code of each image, as text; unknown words are `<unk>`."""
+        assert isinstance(self.model, Seq2Seq)
+        assert self.tokenizer is not None
+        with self._autocast():
+            ids = greedy(self.model, self._floats(pixels), self.model.config.max_tokens)
+        return [self.tokenizer.decode(row, skip_special_tokens=False) for row in ids]
+
+    @torch.inference_mode()
+    def reconstructions(
+        self, pixels: Sequence[NDArray[np.uint8]]
+    ) -> list[tuple[NDArray[np.uint8], float]]:
+        """Each image as the model gives it back, and the mean squared error in [0,1], unrounded."""
+        assert isinstance(self.model, Autoencoder)
+        image_BCHW = self._floats(pixels)
+        with self._autocast():
+            found_BCHW: Tensor = self.model(image_BCHW).to(image_BCHW.dtype)
+        mse_B = (found_BCHW - image_BCHW).double().square().flatten(1).mean(1)
+        found_BHWC = (found_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return list(zip(found_BHWC, mse_B.tolist(), strict=True))
+
+    def _floats(self, pixels: Sequence[NDArray[np.uint8]]) -> Tensor:
+        image_BCHW = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(_device())
+        return as_floats(image_BCHW, dtype_of(self.settings))
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """As in validation; but fp16, which needs a GPU, is fp32 without one."""
+        kind = _device().type
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.optim.precision)
+        if dtype is None or (dtype is torch.float16 and kind == "cpu"):
+            return contextlib.nullcontext()
+        return torch.autocast(kind, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An image file, or what was named as one; `stem` is the path its output has under --out."""
+
+    path: Path
+    stem: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What came of one source: a refusal, or code, or an image with its error."""
+
+    source: Source
+    refused: str | None = None
+    code: str | None = None
+    pixels: NDArray[np.uint8] | None = None
+    mse: float | None = None
+
+
+def find_images(paths: Sequence[Path]) -> list[Source]:
+    """The files among `paths`, and those in their folders: sorted, at any depth.
+
+    In folders, what is hidden, a link, or has no image's suffix is passed over.
+    """
+    found: list[Source] = []
+    for path in paths:
+        names = sorted(_walk(path), key=os.fsencode) if _is_folder(path) else []
+        found += [Source(path / name, name.removesuffix(Path(name).suffix)) for name in names]
+        if not names:  # a file; or a folder without images, to be refused as one
+            found.append(Source(path, path.stem))
+    return found
+
+
+def predict(
+    trained: Trained, sources: Sequence[Source], batch_size: int
+) -> Generator[Prediction, None, None]:
+    """One prediction a source: refusals as they are met, the others in their order, by batches."""
+    waiting: list[tuple[Source, NDArray[np.uint8]]] = []
+    for number, source in enumerate(sources, 1):
+        try:
+            with images.memory_explained(str(source.path)):
+                waiting.append((source, trained.pixels(_read(source.path))))
+        except ImageRefused as refused:
+            yield Prediction(source, refused=refused.cause)
+        except OSError as error:
+            yield Prediction(source, refused=error.strerror or str(error))
+        if waiting and (len(waiting) == batch_size or number == len(sources)):
+            batch = [pixels for _, pixels in waiting]
+            if isinstance(trained.model, Seq2Seq):
+                for (one, _), code in zip(waiting, trained.codes(batch), strict=True):
+                    yield Prediction(one, code=code)
+            else:
+                rebuilt = trained.reconstructions(batch)
+                for (one, _), (pixels, mse) in zip(waiting, rebuilt, strict=True):
+                    yield Prediction(one, pixels=pixels, mse=mse)
+            waiting = []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`pixloom predict`."""
+    parser = argparse.ArgumentParser(
+        prog="pixloom predict",
+        description="Code of images, or their reconstructions, by a trained model.",
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN_OR_EXPORT", type=Path, help="folder of a run or of an export")
+    add("images", metavar="IMAGE", type=Path, nargs="+", help="image files, and folders of them")
+    add("--out", metavar="FOLDER", type=Path, help="write a file an image (autoencoder: needed)")
+    add("--code-suffix", default=".txt", help="of the files of code under --out [.txt]")
+    add("--overwrite", action="store_true", help="replace files that are already under --out")
+    add("--checkpoint", help="of a run: best, last, or a step's number [best]")
+    add("--batch-size", type=int, default=32, metavar="N", help="images at a time [32]")
+    add("--json", action="store_true", help="one JSON object on stdout")
+    return storage.command("predict", lambda: _predict(parser.parse_args(argv)))
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch-size {arguments.batch_size}: must be at least 1")
+    if not re.fullmatch(r"\.\w+", arguments.code_suffix):
+        raise UserError(f"--code-suffix {arguments.code_suffix}: write one as in .gui")
+    trained = Trained.open(arguments.run, arguments.checkpoint)
+    writes_code = isinstance(trained.model, Seq2Seq)
+    sources = find_images(arguments.images)
+    outputs: dict[Source, Path] = {}
+    if arguments.out is not None:
+        suffix = arguments.code_suffix if writes_code else ".png"
+        outputs = _outputs(sources, arguments.out, suffix, arguments.overwrite)
+    elif not writes_code:
+        raise UserError("--out FOLDER is needed: an autoencoder's answers are images")
+
+    done: list[Prediction] = []
+    with contextlib.closing(predict(trained, sources, arguments.batch_size)) as found:
+        for prediction in engines.progress(found, len(sources), "predicted", lambda _: 1):
+            if prediction.refused is not None:
+                name = _shown(prediction.source.path)
+                print(f"pixloom predict: {name}: {prediction.refused}", file=sys.stderr)
+            elif outputs:
+                prediction = _write(prediction, outputs[prediction.source])
+            done.append(prediction)
+    # Only now: while a progress bar is shown, it would draw what goes to stdout.
+    places = {source: place for place, source in enumerate(sources)}
+    done.sort(key=lambda prediction: places[prediction.source])
+    if arguments.json:
+        print(json.dumps(_json(trained, done, outputs)))
+    else:
+        alone = len(arguments.images) == 1 and not arguments.images[0].is_dir()
+        for prediction in done:
+            if prediction.mse is not None:
+                print(f"{_shown(prediction.source.path)}\t{prediction.mse:.6g}")
+            elif prediction.code is not None and not outputs:
+                line = " ".join(prediction.code.split())
+                print(prediction.code if alone else f"{_shown(prediction.source.path)}\t{line}")
+    num_done = sum(prediction.refused is None for prediction in done)
+    if outputs:
+        print(f"{num_done} of {len(done)} images: {arguments.out}", file=sys.stderr)
+    return 0 if num_done == len(done) else 1
+
+
+def _outputs(
+    sources: Sequence[Source], out: Path, suffix: str, overwrite: bool
+) -> dict[Source, Path]:
+    """Where each source's output goes. Raises `UserError` before anything is lost."""
+    inputs = {source.path.resolve() for source in sources}
+    outputs: dict[Source, Path] = {}
+    owners: dict[Path, Source] = {}
+    for source in sources:
+        path = out / f"{source.stem}{suffix}"
+        other = owners.setdefault(path, source)
+        if other is not source:
+            raise UserError(
+                f"{_shown(other.path)} and {_shown(source.path)} would both be written to "
+                f"{_shown(path)}; give them apart"
+            )
+        if path.resolve() in inputs:
+            raise UserError(f"{_shown(path)}: is one of the images; choose another --out")
+        if path.exists() and not overwrite:
+            raise UserError(f"{_shown(path)}: is already there; give --overwrite to replace it")
+        outputs[source] = path
+    with storage.explained(str(out)):
+        out.mkdir(parents=True, exist_ok=True)
+    return outputs
+
+
+def _write(prediction: Prediction, path: Path) -> Prediction:
+    """Writes the output, and lets go of its pixels."""
+    with storage.explained(_shown(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if prediction.code is not None:
+            path.write_text(prediction.code + "\n", encoding="utf-8")
+        elif prediction.pixels is not None:
+            pixels = prediction.pixels
+            Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(path, "PNG")
+    return Prediction(prediction.source, code=prediction.code, mse=prediction.mse)
+
+
+def _json(
+    trained: Trained, done: Sequence[Prediction], outputs: dict[Source, Path]
+) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for prediction in done:
+        row: dict[str, Any] = {"image": str(prediction.source.path)}
+        for name in ("refused", "code", "mse"):
+            if getattr(prediction, name) is not None:
+                row[name] = getattr(prediction, name)
+        if outputs and prediction.refused is None:
+            row["file"] = str(outputs[prediction.source])
+        rows.append(row)
+    return {"model": trained.settings.model.name, "step": trained.step, "images": rows}
+
+
+def _read(path: Path) -> bytes:
+    """The file's bytes. Raises OSError, and `ImageRefused` for what it is no use to read."""
+    if path.is_dir():
+        next(path.iterdir(), None)  # raises where one may not look
+        raise ImageRefused(f"no images there; looked for {' '.join(IMAGE_SUFFIXES)}")
+    if path.exists() and not path.is_file():
+        raise ImageRefused("not a file")
+    if path.stat().st_size > images.MAX_FILE_BYTES:
+        raise ImageRefused("too_large")
+    return path.read_bytes()
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # what is wrong with it is said when it is read
+        return False
+
+
+def _walk(root: Path) -> Iterator[str]:
+    closed: list[str] = []
+    for folder, folders, names in os.walk(root, onerror=lambda e: closed.append(e.filename)):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(folder) / name
+            is_image = path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+            if is_image and not path.is_symlink():
+                yield str(path.relative_to(root))
+    yield from (str(Path(folder).relative_to(root)) for folder in closed)
+
+
+def _shown(path: Path) -> str:
+    """A path as it is typed, unless that would break a line or cannot be printed."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

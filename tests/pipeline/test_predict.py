@@ -1,0 +1,268 @@
+"""Prediction: the pixels that packing gives, the codes that validation finds, and plain errors."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import predict, validate
+from pipeline.batch import Batch
+from pipeline.build import load_model, open_split
+from pipeline.checkpoint import choose
+from pipeline.config import config_of, read_toml
+from pipeline.decode import greedy
+from pipeline.export import write_export
+from pipeline.models import Seq2Seq
+from pipeline.order import validation_batches
+from pipeline.predict import Trained
+from pipeline.stream import BatchPlan, SampleReader
+from pipeline.tasks import prepare_images
+from shards import pack, synth, tokens
+from shards.storage import load_manifest
+
+
+@pytest.fixture(scope="module")
+def exported(screens_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_export(screens_run, "best", tmp_path_factory.mktemp("export") / "out").folder
+
+
+def packed_split(run: Path, split: str) -> tuple[Batch, list[str]]:
+    """A whole split as one batch, and the names of its source files."""
+    config = config_of(read_toml(str(run / "config.toml")), "config.toml")
+    manifest = load_manifest(config.data.url)
+    dataset = open_split(config, manifest, split)
+    counts = [shard.samples for shard in dataset.reader.shards]
+    ids = next(validation_batches(counts, sum(counts)))
+    batch = dataset[BatchPlan(step=0, micro=0, epoch=0, first_place=0, ids=ids)]
+    return batch, sources_of(dataset.reader)
+
+
+def sources_of(reader: SampleReader) -> list[str]:
+    return [
+        json.loads(bytes(reader.read(shard, index).members["json"]))["source"]
+        for shard, entry in enumerate(reader.shards)
+        for index in range(entry.samples)
+    ]
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = predict.main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_a_run_and_its_export_say_what_validation_decodes(
+    screens_run: Path, exported: Path, screens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch, names = packed_split(screens_run, "test")
+    config = config_of(read_toml(str(screens_run / "config.toml")), "config.toml")
+    manifest = load_manifest(config.data.url)
+    model = load_model(config, manifest, choose(screens_run, "best")).eval()
+    assert isinstance(model, Seq2Seq)
+    ids = greedy(model, prepare_images(batch, torch.float32), model.config.max_tokens)
+    where = str(screens / "tokenizer.json")
+    tokenizer = tokens.load_tokenizer(Path(where).read_text(), where)
+    expected = [tokenizer.decode(row) for row in ids]
+    assert len(set(expected)) > 2, "codes that are all alike would prove nothing"
+
+    files = [screens.parent / "raw" / name for name in names]
+    for trained in (screens_run, exported):
+        status, out, err = call(capsys, trained, *files, "--batch-size", 3)
+        assert (status, err) == (0, "")
+        assert out.splitlines() == [
+            f"{file}\t{code}" for file, code in zip(files, expected, strict=True)
+        ]
+        status, out, _ = call(capsys, trained, files[0])
+        assert (status, out) == (0, expected[0] + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("png", "--size 40x24"),
+        ("jpeg", "--size 40x24 --encode jpeg --quality 60 --fit pad --background red"),
+        ("webp", "--size 24x40 --encode webp --fit crop --channels 4"),
+        ("grey", "--size 40x24 --channels 1"),
+        ("keep", "--kind images"),
+    ],
+)
+def test_an_image_gives_the_pixels_of_its_packed_self(
+    name: str, options: str, tmp_path: Path
+) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "shards"
+    assert synth.main([str(raw), "--samples", "6", "--seed", "4"]) == 0
+    with Image.open(raw / "000000.png") as image:
+        image.save(raw / "000000.jpg", quality=95)
+        (raw / "000000.png").unlink()
+    see_through = Image.open(raw / "000001.png").convert("RGBA")
+    see_through.putalpha(120)
+    see_through.save(raw / "000001.png")
+    words = [*options.split(), "--split", "train=1", "--workers", "0"]
+    assert pack.main([str(raw), str(out), *words]) == 0
+    manifest = load_manifest(str(out))
+    trained = Trained(torch.nn.Identity(), None, manifest.image, None, 0)  # type: ignore[arg-type]
+    reader = SampleReader(str(out), manifest.splits["train"])
+    sources = sources_of(reader)
+    assert len(sources) == 6
+    for index, source in enumerate(sources):
+        sample = reader.read(0, index)
+        expected = predict.images.decode(
+            next(bytes(d) for e, d in sample.members.items() if e in ("png", "jpg", "webp")),
+            manifest.image.channels,
+        )
+        assert np.array_equal(trained.pixels((raw / source).read_bytes()), expected), source
+
+
+def test_an_autoencoder_s_errors_are_those_of_validation(
+    pictures_run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, names = packed_split(pictures_run, "test")
+    files = [pictures.parent / "raw" / name for name in names]
+    assert validate.main([str(pictures_run), "--split", "test", "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out.splitlines()[-1])["mse"]
+    words = [pictures_run, *files, "--out", tmp_path / "out", "--batch-size", 3]
+    status, out, err = call(capsys, *words)
+    assert status == 0
+    assert f"{len(files)} of {len(files)} images: " in err
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert [row[0] for row in rows] == [str(file) for file in files]
+    assert np.mean([float(row[1]) for row in rows]) == pytest.approx(expected, rel=1e-4)
+    trained = Trained.open(pictures_run)
+    for file, (_, error) in zip(files, rows, strict=True):
+        with Image.open(tmp_path / "out" / f"{file.stem}.png") as image:
+            assert (image.mode, image.size) == ("RGB", (48, 32))
+            difference = (np.asarray(image) - trained.pixels(file.read_bytes()).astype(float)) / 255
+        assert np.mean(difference**2) == pytest.approx(float(error), rel=0.02)
+    assert call(capsys, *words)[0] == 2
+    assert call(capsys, *words, "--overwrite")[0] == 0
+    status, _, err = call(capsys, pictures_run, files[0])
+    assert status == 2
+    assert "--out FOLDER is needed" in err
+
+
+def test_what_is_refused_is_named_and_the_rest_is_done(
+    exported: Path, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, folder = screens.parent / "raw", tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    shutil.copy(raw / "000001.png", folder / "b.png")
+    shutil.copy(raw / "000002.png", folder / "sub" / "a.PNG")
+    shutil.copy(raw / "000003.png", folder / ".hidden.png")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "c.png").write_bytes((raw / "000004.png").read_bytes()[:300])
+    (folder / "d.png").write_text("no image either")
+    (folder / "link.png").symlink_to(raw / "000005.png")
+    gone = tmp_path / "gone.png"
+    words = [exported, folder, gone, folder / "empty", raw / "000000.png", "--json"]
+    status, out, err = call(capsys, *words)
+    assert status == 1
+    assert err.splitlines() == [
+        f"pixloom predict: {folder}/c.png: truncated",
+        f"pixloom predict: {folder}/d.png: unsupported_format",
+        f"pixloom predict: {gone}: No such file or directory",
+        f"pixloom predict: {folder}/empty: no images there; looked for "
+        + " ".join(predict.IMAGE_SUFFIXES),
+    ]
+    assert len(out.splitlines()) == 1
+    row = json.loads(out)
+    assert [Path(one["image"]).name for one in row["images"]] == [
+        "b.png", "c.png", "d.png", "a.PNG", "gone.png", "empty", "000000.png",
+    ]  # fmt: skip
+    assert [one["image"] for one in row["images"] if "code" in one] == [
+        f"{folder}/b.png",
+        f"{folder}/sub/a.PNG",
+        f"{raw}/000000.png",
+    ]
+    assert (row["model"], row["step"]) == ("seq2seq", 60)
+
+
+def test_codes_go_to_files_and_none_is_lost(
+    exported: Path, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, source, out = screens.parent / "raw", tmp_path / "in", tmp_path / "out"
+    (source / "sub").mkdir(parents=True)
+    for name in ("a.png", "b.png", "sub/a.png"):
+        shutil.copy(raw / f"00000{len(name)}.png", source / name)
+    (source / "a.gui").write_text("the truth")
+    status, printed, _ = call(capsys, exported, source, "--out", out, "--code-suffix", ".gui")
+    assert (status, printed) == (0, "")
+    status, printed, _ = call(capsys, exported, source)
+    for line in printed.splitlines():
+        name, code = line.split("\t")
+        path = out / Path(name).relative_to(source).with_suffix(".gui")
+        assert path.read_text() == code + "\n"
+    assert len(printed.splitlines()) == 3
+
+    before = {path: path.read_bytes() for path in source.rglob("*.*")}
+    for words, message in [
+        ([source, "--out", source, "--code-suffix", ".gui"], "a.gui: is already there; give --ov"),
+        ([source, "--out", source, "--code-suffix", ".png", "--overwrite"], "is one of the images"),
+        ([source / "a.png", source / "sub/a.png", "--out", out], "would both be written to"),
+        ([source, "--code-suffix", "../x"], "--code-suffix ../x"),
+        ([source, "--batch-size", 0], "--batch-size 0"),
+    ]:
+        status, printed, err = call(capsys, exported, *words)
+        assert (status, printed) == (2, ""), words
+        assert message in err
+        assert len(err.splitlines()) == 1
+    assert before == {path: path.read_bytes() for path in source.rglob("*.*")}
+
+
+def test_images_of_a_dataset_that_was_never_resized(tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "shards"
+    raw.mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 6), (number, 0, 0)).save(raw / f"{number}.png")
+    words = ["--split", "train=1", "--workers", "0"]
+    assert pack.main([str(raw), str(out), *words]) == 0
+    image = load_manifest(str(out)).image
+    trained = Trained(torch.nn.Identity(), None, image, None, 0)  # type: ignore[arg-type]
+    assert trained.pixels((raw / "2.png").read_bytes()).shape == (6, 8, 3)
+    Image.new("RGB", (6, 8)).save(tmp_path / "turned.png")
+    with pytest.raises(predict.ImageRefused, match="6x8 pixels, the model takes 8x6"):
+        trained.pixels((tmp_path / "turned.png").read_bytes())
+
+
+def test_half_precision_and_double_predict_too(screens_run: Path, screens: Path) -> None:
+    data = (screens.parent / "raw" / "000000.png").read_bytes()
+    trained = Trained.open(screens_run)
+    codes = {}
+    for precision in ("fp32", "bf16", "fp16", "fp64"):
+        config = config_of(read_toml(str(screens_run / "config.toml")), "config.toml")
+        object.__setattr__(config.optim, "precision", precision)
+        dtype = torch.float64 if precision == "fp64" else torch.float32
+        one = Trained(
+            trained.model.to(dtype), config, trained.image, trained.tokenizer, trained.step
+        )
+        codes[precision] = one.codes([one.pixels(data)])
+    assert codes["fp64"] == codes["fp32"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere", "a.png"], "nowhere: no such folder"),
+        (["screens", "a.png"], "neither a run nor an export"),
+        (["export", "a.png", "--checkpoint", "last"], "is an export, it holds one model"),
+        (["run", "a.png", "--checkpoint", "9"], "no checkpoint of step 9"),
+    ],
+)
+def test_what_is_no_model_is_one_line(
+    words: list[str],
+    message: str,
+    screens: Path,
+    screens_run: Path,
+    exported: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"screens": screens, "export": exported, "run": screens_run}
+    status, out, err = call(capsys, *(places.get(word, word) for word in words))
+    assert (status, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
