@@ -40,8 +40,6 @@ PARALLEL_DELETES = 16
 
 MIN_BYTES_PER_S = 1 << 20
 """A transfer slower than this counts as stuck: bytes add to a request's time at this rate."""
-MAX_READ_BYTES = 1 << 30
-"""What a read into memory is given time for; larger objects are for `fetch`."""
 
 NUM_ATTEMPTS = 4
 """Of one request. Where a connection breaks, aiohttp makes one more within each of them."""
@@ -120,7 +118,9 @@ def size_bytes(url: str) -> int:
 
 def read_bytes(url: str) -> bytes:
     with _opened(url) as (store, path):
-        return store.run(store.read(path), MAX_READ_BYTES)
+        # Asked first, for the size is what the time depends on.
+        num_bytes = store.run(store.size_bytes(path))
+        return store.run(store.read(path, num_bytes), num_bytes)
 
 
 def put(scratch: Path, url: str) -> None:
@@ -134,7 +134,7 @@ def fetch(url: str, destination: Path) -> None:
     """Downloads one whole object into the local file `destination`, which must exist."""
     with _opened(url) as (store, path):
         num_bytes = store.run(store.size_bytes(path))
-        store.run(store.fetch(path, destination), num_bytes)
+        store.run(store.fetch(path, destination, num_bytes), num_bytes)
 
 
 def remove(url: str) -> None:
@@ -252,23 +252,38 @@ class _Store:
             raise _MissingError
         return int(found["size"])
 
-    async def read(self, path: str) -> bytes:
-        data: bytes = await self.attempt(lambda: self.fs._cat_file(path), MAX_READ_BYTES)
+    async def read(self, path: str, num_bytes: int) -> bytes:
+        data = b""
+
+        async def get() -> int:
+            nonlocal data
+            data = await self.fs._cat_file(path)
+            return len(data)
+
+        await self._get_whole(get, path, num_bytes)
         return data
 
-    async def fetch(self, path: str, destination: Path) -> None:
-        async def get() -> None:
-            num_bytes = await self.size_bytes(path)
-            async with asyncio.timeout(self.limits.request_s(num_bytes)):
-                try:
-                    await self.fs._get_file(path, str(destination), **self.fetch_options)
-                except FileNotFoundError as error:
-                    raise _MissingError from error
-            arrived_bytes = destination.stat().st_size
-            if arrived_bytes != num_bytes:
-                raise _IncompleteError(f"{arrived_bytes} of {num_bytes} bytes arrived")
+    async def fetch(self, path: str, destination: Path, num_bytes: int) -> None:
+        async def get() -> int:
+            await self.fs._get_file(path, str(destination), **self.fetch_options)
+            return destination.stat().st_size
 
-        await self._repeat(get, NUM_ATTEMPTS)
+        await self._get_whole(get, path, num_bytes)
+
+    async def _get_whole(
+        self, get: Callable[[], Awaitable[int]], path: str, num_bytes: int
+    ) -> None:
+        """Repeats `get` until as many bytes arrive as the object has."""
+
+        async def get_checked() -> None:
+            nonlocal num_bytes
+            arrived_bytes = await self._once(get, num_bytes)
+            if arrived_bytes != num_bytes:
+                expected_bytes = num_bytes
+                num_bytes = await self.size_bytes(path)  # another writer may have replaced it
+                raise _IncompleteError(f"{arrived_bytes} of {expected_bytes} bytes arrived")
+
+        await self._repeat(get_checked, NUM_ATTEMPTS)
 
     async def put_whole(self, scratch: Path, num_bytes: int, path: str) -> None:
         async def put() -> None:
