@@ -33,16 +33,16 @@ PART_BYTES = 16 << 20
 """A larger file goes to S3 in parts of this size; `PARALLEL_PARTS` of them are in memory."""
 PARALLEL_PARTS = 4
 MAX_PARTS = 10_000
-MAX_DELETE_KEYS = 1000
-"""Both are limits of S3: docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html."""
+MAX_PAGE_KEYS = 1000
+"""Of one list and of one removal. This and `MAX_PARTS` are limits of S3:
+docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html."""
 PARALLEL_DELETES = 16
 
 MIN_BYTES_PER_S = 1 << 20
 """A transfer slower than this counts as stuck: bytes add to a request's time at this rate."""
-MAX_READ_BYTES = 1 << 30
-"""What a read into memory is given time for; larger objects are for `fetch`."""
 
 NUM_ATTEMPTS = 4
+"""Of one request. Where a connection breaks, aiohttp makes one more within each of them."""
 NUM_PUTS = 2
 """Of a whole file, each with `NUM_ATTEMPTS` of every request in it."""
 FIRST_PAUSE_S = 0.5
@@ -118,7 +118,9 @@ def size_bytes(url: str) -> int:
 
 def read_bytes(url: str) -> bytes:
     with _opened(url) as (store, path):
-        return store.run(store.read(path), MAX_READ_BYTES)
+        # Asked first, for the size is what the time depends on.
+        num_bytes = store.run(store.size_bytes(path))
+        return store.run(store.read(path, num_bytes), num_bytes)
 
 
 def put(scratch: Path, url: str) -> None:
@@ -132,7 +134,7 @@ def fetch(url: str, destination: Path) -> None:
     """Downloads one whole object into the local file `destination`, which must exist."""
     with _opened(url) as (store, path):
         num_bytes = store.run(store.size_bytes(path))
-        store.run(store.fetch(path, destination), num_bytes)
+        store.run(store.fetch(path, destination, num_bytes), num_bytes)
 
 
 def remove(url: str) -> None:
@@ -250,23 +252,38 @@ class _Store:
             raise _MissingError
         return int(found["size"])
 
-    async def read(self, path: str) -> bytes:
-        data: bytes = await self.attempt(lambda: self.fs._cat_file(path), MAX_READ_BYTES)
+    async def read(self, path: str, num_bytes: int) -> bytes:
+        data = b""
+
+        async def get() -> int:
+            nonlocal data
+            data = await self.fs._cat_file(path)
+            return len(data)
+
+        await self._get_whole(get, path, num_bytes)
         return data
 
-    async def fetch(self, path: str, destination: Path) -> None:
-        async def get() -> None:
-            num_bytes = await self.size_bytes(path)
-            async with asyncio.timeout(self.limits.request_s(num_bytes)):
-                try:
-                    await self.fs._get_file(path, str(destination), **self.fetch_options)
-                except FileNotFoundError as error:
-                    raise _MissingError from error
-            arrived_bytes = destination.stat().st_size
-            if arrived_bytes != num_bytes:
-                raise _IncompleteError(f"{arrived_bytes} of {num_bytes} bytes arrived")
+    async def fetch(self, path: str, destination: Path, num_bytes: int) -> None:
+        async def get() -> int:
+            await self.fs._get_file(path, str(destination), **self.fetch_options)
+            return destination.stat().st_size
 
-        await self._repeat(get, NUM_ATTEMPTS)
+        await self._get_whole(get, path, num_bytes)
+
+    async def _get_whole(
+        self, get: Callable[[], Awaitable[int]], path: str, num_bytes: int
+    ) -> None:
+        """Repeats `get` until as many bytes arrive as the object has."""
+
+        async def get_checked() -> None:
+            nonlocal num_bytes
+            arrived_bytes = await self._once(get, num_bytes)
+            if arrived_bytes != num_bytes:
+                expected_bytes = num_bytes
+                num_bytes = await self.size_bytes(path)  # another writer may have replaced it
+                raise _IncompleteError(f"{arrived_bytes} of {expected_bytes} bytes arrived")
+
+        await self._repeat(get_checked, NUM_ATTEMPTS)
 
     async def put_whole(self, scratch: Path, num_bytes: int, path: str) -> None:
         async def put() -> None:
@@ -418,25 +435,30 @@ class _S3(_Store):
             logger.debug("cleaning up an upload: %s", redact(repr(error)))
 
     async def _abort(self, bucket: str, prefix: str, *, whole_key: bool = False) -> int:
-        num_aborted = 0
+        aborted: set[str] = set()
         marker: dict[str, str] = {}
         while True:
-            words = {"Bucket": bucket, "Prefix": prefix, **marker}
+            words = {"Bucket": bucket, "Prefix": prefix, "MaxUploads": MAX_PAGE_KEYS, **marker}
             page = await self.call("list_multipart_uploads", words)
-            for upload in page.get("Uploads", []):
-                # Checked here too: not every server heeds the prefix.
-                key = upload["Key"]
-                if key == prefix or (key.startswith(prefix) and not whole_key):
-                    with contextlib.suppress(_IncompleteError, _MissingError):
-                        names = {"Bucket": bucket, "Key": key, "UploadId": upload["UploadId"]}
-                        await self.call("abort_multipart_upload", names)
-                        num_aborted += 1
-            following = {
-                name: page.get(f"Next{name}", "") for name in ("KeyMarker", "UploadIdMarker")
+            found = {
+                upload["UploadId"]: upload["Key"]
+                for upload in page.get("Uploads", [])
+                # Checked here too: to trust a server's filter may cost others their uploads.
+                if upload["Key"] == prefix or (upload["Key"].startswith(prefix) and not whole_key)
             }
-            if not page.get("IsTruncated") or not following["KeyMarker"] or following == marker:
-                return num_aborted
-            marker = following
+            for upload_id in found.keys() - aborted:
+                names = {"Bucket": bucket, "Key": found[upload_id], "UploadId": upload_id}
+                with contextlib.suppress(_IncompleteError, _MissingError):
+                    await self.call("abort_multipart_upload", names)
+            if found.keys() - aborted:
+                # From the start, where others have moved up: SeaweedFS gives no marker to go on.
+                marker = {}
+            elif page.get("IsTruncated") and page.get("NextKeyMarker"):
+                markers = ("KeyMarker", "UploadIdMarker")
+                marker = {name: page.get(f"Next{name}", "") for name in markers}
+            else:
+                return len(aborted)
+            aborted |= found.keys()
 
     async def abort_uploads(self, path: str) -> int:
         bucket, key, _ = self.fs.split_path(path)
@@ -448,7 +470,7 @@ class _S3(_Store):
         sizes: dict[str, int] = {}
         marker: dict[str, str] = {}
         while True:
-            words = {"Bucket": bucket, "Prefix": prefix, **marker}
+            words = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": MAX_PAGE_KEYS, **marker}
             page = await self.call("list_objects_v2", words)
             for found in page.get("Contents", []):
                 if found["Key"] != prefix:
@@ -464,8 +486,8 @@ class _S3(_Store):
             with contextlib.suppress(_MissingError):
                 await self.call("delete_object", {"Bucket": bucket, "Key": key})
             return
-        for first in range(0, len(split), MAX_DELETE_KEYS):
-            batch = split[first : first + MAX_DELETE_KEYS]
+        for first in range(0, len(split), MAX_PAGE_KEYS):
+            batch = split[first : first + MAX_PAGE_KEYS]
             keys = [{"Key": key} for _, key in batch]
             words = {"Bucket": batch[0][0], "Delete": {"Objects": keys, "Quiet": True}}
             answer = await self.call("delete_objects", words)
@@ -718,17 +740,12 @@ def _status(error: Exception) -> int | None:
         response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore
             found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        else:  # azure, gcsfs, aiohttp
-            found = next(
-                (
-                    getattr(cause, name)
-                    for name in ("status_code", "code", "status")
-                    if getattr(cause, name, None) is not None
-                ),
-                None,
-            )
+        elif type(cause).__name__ == "HttpError":  # gcsfs
+            found = getattr(cause, "code", None)
+        else:  # azure
+            found = getattr(cause, "status_code", None)
         with contextlib.suppress(TypeError, ValueError):
-            return int(found)
+            return int(str(found))
     return None
 
 

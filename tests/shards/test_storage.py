@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,8 @@ import pytest
 from shards import storage
 from shards.format import FormatError
 from shards.storage import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_published_file_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -95,3 +99,31 @@ def test_a_command_says_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert storage.command("pack", fail) == 2
     assert capsys.readouterr().err == "pixloom pack: error: this file: do that\n"
     assert storage.command("pack", lambda: 1) == 1
+
+
+def test_files_are_listed_fetched_and_removed(tmp_path: Path) -> None:
+    root = str(tmp_path / "run")
+    assert storage.list_files(root) == {}
+    assert not storage.is_remote(root)
+    for name in ("b.json", "step-00000004/state.json"):
+        storage.publish_text(name, storage.join(root, name))
+    assert storage.list_files(f"file://{root}") == {"b.json": 6, "step-00000004/state.json": 24}
+    copy = tmp_path / "copies" / "state.json"
+    storage.fetch(f"{root}/step-00000004/state.json", copy)
+    assert copy.read_text() == "step-00000004/state.json"
+    assert [path.name for path in copy.parent.iterdir()] == ["state.json"]
+    with pytest.raises(UserError, match="gone: No such file"):
+        storage.fetch(f"{root}/gone", tmp_path / "copies" / "gone")
+    assert [path.name for path in copy.parent.iterdir()] == ["state.json"]
+    assert storage.abort_uploads(root) == 0
+    for _ in range(2):
+        storage.remove_tree(root)
+        assert not (tmp_path / "run").exists()
+
+
+def test_local_storage_loads_no_client() -> None:
+    program = (
+        "import sys; from shards import storage; storage.exists('.'); storage.list_files('x');"
+        "sys.exit(bool({'fsspec', 's3fs', 'aiohttp'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
