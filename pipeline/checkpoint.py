@@ -383,7 +383,9 @@ def _read_commit(folder: str) -> dict[str, Any]:
             storage.join(folder, name)  # refuses names that lead elsewhere
             bytes.fromhex(entry["sha256"])
         return body | {"step": int(body["step"]), "world_size": int(body["world_size"])}
-    except (FormatError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except FormatError as error:
+        raise UserError(str(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{url}: cannot be read ({error!r})") from error
 
 

@@ -1,0 +1,126 @@
+"""Where storage fails under a run: a full disk, a bucket behind a bad line, a bucket lost."""
+
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from servers import FaultyProxy, Server, s3_client
+
+from pipeline import checkpoint
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for one checkpoint and a half."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def steps_of(directory: str | Path) -> list[int]:
+    return [checkpoint.step_of(found) for found in checkpoint.committed(str(directory))]
+
+
+def test_a_full_disk_costs_checkpoints_not_the_run(
+    start: Callable[..., Any], make_config: Callable[..., Path], tmp_path: Path, small_disk: Path
+) -> None:
+    config = make_config(
+        "run", checkpoint={"keep_last": 1, "url": str(small_disk), "every_steps": 16}
+    )
+    words = ["--config", config, "--run.dir", tmp_path / "run"]
+    job = start("pipeline.train", *words, world_size=2)
+    assert job.wait() == [2, 2], job.output()
+    output = job.output()
+    assert "step 40/40" in output, "the run did not go on"
+    warning = "warning: the checkpoint of step 32 could not be saved: "
+    assert output.count(warning) == 1
+    assert re.search(r"error: the checkpoint of step 40 could not be saved: .*space", output)
+    assert "Traceback" not in output
+    assert steps_of(small_disk) == [16]
+    assert checkpoint.verify(checkpoint.path_of(str(small_disk), 16)) == []
+    assert [path.name for path in small_disk.iterdir()] == ["step-00000016"]
+
+    stopped = start("pipeline.train", *words, "--checkpoint.on_error", "stop", world_size=2)
+    assert stopped.wait() == [2, 2]
+    assert "step 40/40" not in stopped.output()
+    assert steps_of(small_disk) == [16]
+
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    start("pipeline.train", *words, world_size=1).succeed()
+    assert steps_of(small_disk)[-1] == 40
+
+
+def test_a_run_lives_in_a_bucket(
+    start: Callable[..., Any],
+    make_config: Callable[..., Path],
+    tmp_path: Path,
+    seaweedfs: Server,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two ranks save through resets, refusals and lost replies, three go on; equal to local."""
+    config = make_config("run")
+    url = f"{seaweedfs.url}/checkpoints"
+    words = ["--config", config, "--run.steps", 8]
+    start("pipeline.train", *words, "--run.dir", tmp_path / "local", world_size=2).succeed()
+    run = tmp_path / "run"
+    words += ["--run.dir", run, "--checkpoint.url", url]
+    with FaultyProxy(seaweedfs.endpoint, seed=1) as proxy:
+        environment = seaweedfs.through(proxy).environment
+        for fault in ("unavailable", "reset", "lost_reply", "cut_reply"):
+            proxy.inject(fault, 0.07)
+        stopped = [*words, "--checkpoint.every_steps", 2]
+        start(
+            "tests.distributed.stop_at", 5, *stopped, world_size=2, environment=environment
+        ).succeed()
+        start("pipeline.train", *words, world_size=3, environment=environment).succeed()
+        assert proxy.counts.total() > 5
+    assert steps_of(url) == [4, 5, 8]
+    assert checkpoint.main(["verify", str(run)]) == 0
+    assert "verified" in capsys.readouterr().out
+    local = checkpoint.load_tensors(checkpoint.committed(str(tmp_path / "local/checkpoints"))[-1])
+    remote = checkpoint.load_tensors(checkpoint.committed(url)[-1])
+    assert local.keys() == remote.keys()
+    for name, tensor in local.items():
+        assert torch.allclose(tensor, remote[name], rtol=1e-4, atol=1e-6), name
+    assert not [path for path in run.rglob("*") if path.is_file() and path.suffix != ".toml"
+                and path.name not in ("metrics.jsonl", ".lock")]  # fmt: skip
+    client = s3_client(seaweedfs)
+    left = client.list_multipart_uploads(Bucket=url.split("/")[2]).get("Uploads", [])
+    assert left == []
+
+
+def test_a_bucket_that_is_lost_under_way(
+    start: Callable[..., Any], make_config: Callable[..., Path], tmp_path: Path, seaweedfs: Server
+) -> None:
+    url = f"{seaweedfs.url}/lost"
+    config = make_config("run", checkpoint={"every_steps": 16, "url": url})
+    words = ["--config", config, "--run.dir", tmp_path / "run"]
+    with FaultyProxy(seaweedfs.endpoint) as proxy:
+        environment = {
+            **seaweedfs.through(proxy).environment,
+            "PIXLOOM_STORAGE_CONNECT_S": "1",
+            "PIXLOOM_STORAGE_DEADLINE_S": "5",
+        }
+        job = start("pipeline.train", *words, world_size=2, environment=environment)
+        while not steps_of(url):
+            assert job.alive(), job.output()
+            time.sleep(0.01)
+    assert job.wait() == [2, 2], job.output()
+    output = job.output()
+    assert "step 40/40" in output, "the run did not go on"
+    assert "warning: the checkpoint of step 32 could not be saved" in output
+    assert "error: the checkpoint of step 40 could not be saved" in output
+    assert "Traceback" not in output
+    assert steps_of(url) == [16]
+    assert checkpoint.verify(checkpoint.path_of(url, 16)) == []
+    start("pipeline.train", *words, world_size=1).succeed()
+    assert steps_of(url)[-1] == 40
