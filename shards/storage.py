@@ -37,7 +37,10 @@ def local_path(url: str) -> Path:
     if not separator:
         return Path(url)
     if is_remote(url):
-        raise UserError(f"{redact(url)}: a folder or file of this machine is needed here")
+        raise UserError(
+            f"{redact(url)}: an object store will not do here; "
+            "supported so far: local paths and file:// URLs"
+        )
     if protocol != "file":
         known = ", ".join(f"{name}://" for name in remote.PROTOCOLS)
         raise UserError(

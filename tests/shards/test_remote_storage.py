@@ -167,7 +167,7 @@ def test_what_is_missing_is_named(root: str, server: Server, tmp_path: Path) -> 
             call(f"{server.url}-other/x")
     with pytest.raises(UserError, match="whole bucket"):
         storage.remove_tree(server.url)
-    with pytest.raises(UserError, match="this machine"):
+    with pytest.raises(UserError, match="supported so far: local"):
         storage.local_path(root)
 
 
