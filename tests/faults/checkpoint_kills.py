@@ -52,10 +52,13 @@ KEEP_LAST = 2
 TOLERANCE = 1e-5
 MAX_RANKS = 4
 PHASES = ("load", "save", "commit", "prune", "between")
+AIMS = ("any", "load", "save", "commit", "prune")
 SURVIVORS_S = 30.0
 """how long ranks may go on after another one was killed"""
 RENDEZVOUS_S = 1.0
 """the same before all ranks have met: then only a launcher can know that one will never come"""
+MAX_VIOLATIONS = 20
+"""more say nothing new"""
 LIFE_S = 240.0
 """how long a life may last that nobody kills"""
 
@@ -154,15 +157,17 @@ class Moment:
     _done: dict[int, set[str]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def draw(cls, rng: random.Random, world_size: int, resumes: bool, start_s: float) -> "Moment":
+    def draw(
+        cls, aim: str, rng: random.Random, world_size: int, resumes: bool, start_s: float
+    ) -> "Moment":
+        """`start_s`: how long a start takes, up to the first step's beginning."""
         lone = rng.randrange(world_size) if world_size > 1 and rng.random() < 1 / 3 else None
-        aim = rng.choice(["any", "load", "save", "commit", "prune"])
         if aim == "any":
             return cls(aim, lone, at_s=rng.uniform(0, start_s + 1.5))
         if aim == "load" and (not resumes or rng.random() < 0.5):
             return cls(aim, lone, at_s=rng.uniform(0, 1.1 * start_s))
-        # Opens of two files a rank and more; writes of a file a rank, at several saves; a few
-        # events between the last tensor and the commit; removals of two folders.
+        # Over the opening of every file; the writing of one a rank, at three saves or so; what
+        # happens between the last tensor and the commit; the removal of two folders.
         most = {"load": 6 + 2 * world_size, "save": 12 * world_size, "commit": 8, "prune": 12}[aim]
         delay_s = 0.0 if rng.random() < 0.5 else 10 ** rng.uniform(-4, -2)
         return cls(aim, lone, count=rng.randrange(most), delay_s=delay_s)
@@ -175,23 +180,18 @@ class Moment:
         return self._passed > self.count
 
     def _is_aimed_at(self, event: Event, world_size: int) -> bool:
-        tensors = event.name.startswith("tensors-")
         done = self._done.setdefault(event.step, set())
-        if event.kind == "removed":
-            done.discard(event.name)
-        elif tensors and event.kind == "done":
-            done.add(event.name)
+        if event.name.startswith("tensors-"):
+            if event.kind == "removed":
+                done.discard(event.name)
+            elif event.kind == "done":
+                done.add(event.name)
         if self.aim == "load":
             return event.kind == "opened"
-        if self.aim == "save":
-            return tensors and event.kind == "written"
-        if self.aim == "commit":
-            return (
-                len(done) == world_size
-                and event.kind in ("written", "done")
-                and event.name != checkpoint.COMMIT_NAME
-            )
-        return event.kind == "removed"
+        if self.aim == "prune":
+            return event.kind == "removed"
+        writing = event.kind in ("written", "done") and event.name != checkpoint.COMMIT_NAME
+        return writing and (self.aim == "commit") == (len(done) == world_size)
 
 
 @dataclass
@@ -246,6 +246,7 @@ class Campaign:
         self.arguments, self.folder, self.server = arguments, folder, server
         self.totals = Totals(arguments.seed, arguments.same_world_size)
         self.config = folder / "config.toml"
+        self.aims: list[str] = []
         self.start_s = {False: 0.7, True: 8.0}
         """seconds from start to the first step's beginning, forked and fresh; learnt"""
 
@@ -262,18 +263,14 @@ class Campaign:
         """The run that nobody kills: two processes, every checkpoint kept. Made once."""
         run, logs = self.folder / f"whole-{precision}", self.folder / f"whole-{precision}-logs"
         if not run.exists():
-            words = [
-                "--checkpoint.every_steps",
-                "1",
-                "--checkpoint.keep_last",
-                str(self.arguments.steps),
-            ]
-            words += ["--optim.precision", precision]
-            ranks, _ = self.start(run, "", logs, 2, words, fresh=self.arguments.fresh > 0)
+            words = f"--checkpoint.every_steps 1 --checkpoint.keep_last {self.arguments.steps}"
+            words += f" --optim.precision {precision}"
+            ranks, _ = self.start(run, "", logs, 2, words.split(), fresh=self.arguments.fresh > 0)
             with ended(ranks):
                 statuses = [rank.wait() for rank in ranks]
-            if statuses != [0, 0]:
-                raise SystemExit(f"the undisturbed run failed; see {logs}")
+            steps = Checkpoints(str(run / "checkpoints")).steps()
+            if statuses != [0, 0] or steps != list(range(1, self.arguments.steps + 1)):
+                raise SystemExit(f"the undisturbed run failed or lacks checkpoints; see {logs}")
         return run
 
     def start(
@@ -303,13 +300,14 @@ class Campaign:
         """Runs, one after another, until enough kills are done."""
         start_s = time.monotonic()
         number = 0
-        while self.totals.kills < self.arguments.kills:
+        totals = self.totals
+        while totals.kills < self.arguments.kills and len(totals.violations) < MAX_VIOLATIONS:
             number += 1
             try:
                 self.one_run(number)
             except KeyboardInterrupt:
                 break
-        self.totals.seconds = round(time.monotonic() - start_s, 1)
+        totals.seconds = round(time.monotonic() - start_s, 1)
 
     def one_run(self, number: int) -> None:
         """One run from its first life to its comparison, or to its first violation."""
@@ -329,7 +327,9 @@ class Campaign:
             totals.lives += 1
             fresh = self.arguments.fresh > 0 and totals.lives % self.arguments.fresh == 0
             totals.fresh_lives += fresh
-            moment = Moment.draw(rng, world_size, newest > 0, self.start_s[fresh])
+            moment = Moment.draw(
+                self.next_aim(rng), rng, world_size, newest > 0, self.start_s[fresh]
+            )
             life = Life(world_size, fresh, None if enough else moment)
             words = ["--checkpoint.every_steps", str(rng.choice([1, 1, 2, 3]))]
             words += ["--optim.precision", precision]
@@ -337,7 +337,7 @@ class Campaign:
             after = self.live(life, run, url, found.where, logs, words)
             life.phase = phase_of(life, before, after) if life.killed else ""
             problems = [*life.problems, *self.check_resume_point(life, newest, found, whole)]
-            newest = max((step for step in found.steps() if not found.problems(step)), default=0)
+            newest = max(found.steps(), default=0)
             done = not life.killed and not problems
             if done:
                 problems = self.check_end(run, found, life, whole)
@@ -361,6 +361,12 @@ class Campaign:
                     shutil.rmtree(logs.parent)
                 return
             life_number += 1
+
+    def next_aim(self, rng: random.Random) -> str:
+        """Each as often as the others, in an order that changes."""
+        if not self.aims:
+            self.aims = rng.sample(AIMS, len(AIMS))
+        return self.aims.pop()
 
     def next_world_size(self, rng: random.Random, last: int) -> int:
         if self.arguments.same_world_size:
@@ -457,17 +463,17 @@ class Campaign:
         after = listing(where)
         started = Progress.read(log).started
         deadline_s = time.monotonic() + (SURVIVORS_S if started else RENDEZVOUS_S)
-        for rank in ranks:
-            left_s = max(0.0, deadline_s - time.monotonic())
-            if not select.select([rank.pidfd], [], [], left_s)[0]:
-                if started:
-                    life.problems.append(
-                        f"rank {moment.lone} was killed, and rank {rank.pid} still ran "
-                        f"{SURVIVORS_S:.0f} s later; see {log.parent}"
-                    )
-                else:
-                    life.ended_by_launcher = True
-                break
+        for number, rank in enumerate(ranks):
+            if rank.ends_within(max(0.0, deadline_s - time.monotonic())):
+                continue
+            if started:
+                life.problems.append(
+                    f"rank {moment.lone} was killed, and rank {number} still ran "
+                    f"{SURVIVORS_S:.0f} s later; see {log.parent}"
+                )
+            else:
+                life.ended_by_launcher = True
+            break
         return after
 
     def check_resume_point(
@@ -482,11 +488,9 @@ class Campaign:
         for step in steps:
             problems += found.problems(step)
         last = max(steps, default=0)
-        if last < max(newest, *life.committed, 0):
-            problems.append(
-                f"the newest commit is of step {last}; step {max(newest, *life.committed)} was "
-                "committed before"
-            )
+        committed = max(newest, *life.committed, 0)
+        if last < committed:
+            problems.append(f"step {committed} was committed; now the newest commit is of {last}")
         if problems or not steps:
             return problems
         best = found.state(last).best_step
@@ -516,6 +520,8 @@ class Campaign:
     def check_end(self, run: Path, found: Checkpoints, life: Life, whole: Path) -> list[str]:
         """What a finished run has that the undisturbed one has not; its tensors are compared."""
         problems, steps = [], found.steps()
+        if not life.progress.started:
+            return ["ended without an error, and never said where it goes on from"]
         if not steps or steps[-1] != self.arguments.steps:
             return [f"ended without an error before its last step was committed; has {steps}"]
         left = listing(found.where)
@@ -557,6 +563,7 @@ class Campaign:
             end = f"killed {whom} in {life.phase} (aimed at {moment.aim})"
         else:
             end = "FAILED" if life.problems else "done"
+            end += f" (missed {moment.aim})" if moment is not None else ""
         reached = progress.resumed_from if progress.last_step is None else progress.last_step
         print(
             f"{self.totals.kills}/{self.arguments.kills}  run {number} life {life_number}: "
@@ -651,6 +658,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     folder = arguments.out or Path(tempfile.mkdtemp(prefix="checkpoint-kills-"))
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        parser.error(f"--out {folder}: is not empty")
     with ForkServer() as server:
         campaign = Campaign(arguments, folder.resolve(), server)
         campaign.prepare()
@@ -663,7 +672,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         for name, value in totals.items():
             if isinstance(value, dict):
-                value = ", ".join(f"{key} {each}" for key, each in value.items())
+                value = ", ".join(f"{key}: {each}" for key, each in value.items())
+            elif isinstance(value, list):
+                value = len(value)
             print(f"{name:22} {value}")
     return 1 if totals["violations"] else 0
 

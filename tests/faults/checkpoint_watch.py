@@ -170,7 +170,8 @@ def _is_whole(file: Path, size: int) -> bool:
             return False
         (header,) = struct.unpack("<Q", start)
         ends = re.findall(rb'"data_offsets":\[\d+,(\d+)\]', opened.read(header))
-    return size == 8 + header + max(map(int, ends), default=-1)
+    length: int = 8 + header + max(map(int, ends), default=-1)
+    return size == length
 
 
 def _store_listing(url: str) -> Listing:

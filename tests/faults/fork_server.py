@@ -9,6 +9,7 @@ are started as new processes.
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -28,6 +29,10 @@ class Rank:
         self.pidfd = os.pidfd_open(pid)
         """readable once the process has ended; nobody else can get the pid before `wait`"""
         self._status: int | None = None
+
+    def ends_within(self, seconds: float) -> bool:
+        """Waits for the end, at most so long."""
+        return self._status is not None or bool(select.select([self.pidfd], [], [], seconds)[0])
 
     def kill(self) -> None:
         """Nothing when it has been waited for."""
