@@ -134,3 +134,6 @@ def clear_scratch(run: Path) -> None:
     """Removes what a killed job left on this node; for its first rank, before any other writes."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         shutil.rmtree(scratch_of(run), ignore_errors=True)
+    if os.environ.get("RANK", "0") == "0":
+        for left in run.glob(f".*{SCRATCH_NAME}"):
+            left.unlink(missing_ok=True)

@@ -98,6 +98,32 @@ def test_a_run_lives_in_a_bucket(
     assert left == []
 
 
+def test_an_upload_that_dies_commits_nothing_and_leaves_nothing(
+    start: Callable[..., Any], make_config: Callable[..., Path], tmp_path: Path, seaweedfs: Server
+) -> None:
+    """Killed while both ranks upload files of several parts; the next save clears what is left."""
+    url, client = f"{seaweedfs.url}/dies", s3_client(seaweedfs)
+    bucket = {"Bucket": url.split("/")[2]}
+    config = make_config("run", model={"hidden_dim": 512, "latent_dim": 1024})
+    words = ["--config", config, "--run.dir", tmp_path / "run", "--run.steps", 4]
+    words += ["--checkpoint.url", url, "--checkpoint.every_steps", 2]
+    with FaultyProxy(seaweedfs.endpoint) as proxy:
+        proxy.inject("stall", on={"part"})
+        environment = seaweedfs.through(proxy).environment
+        job = start("pipeline.train", *words, world_size=2, environment=environment)
+        while proxy.stalled < 2:
+            assert job.alive(), job.output()
+            time.sleep(0.01)
+        job.kill()
+    left = client.list_multipart_uploads(**bucket).get("Uploads", [])
+    assert left, "the kill came too late to show anything"
+    assert steps_of(url) == []
+    start("pipeline.train", *words, world_size=1).succeed()
+    assert steps_of(url) == [2, 4]
+    assert client.list_multipart_uploads(**bucket).get("Uploads", []) == []
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix == ".safetensors"]
+
+
 def test_a_bucket_that_is_lost_under_way(
     start: Callable[..., Any], make_config: Callable[..., Path], tmp_path: Path, seaweedfs: Server
 ) -> None:

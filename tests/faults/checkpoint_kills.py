@@ -2,6 +2,7 @@
 
     python tests/faults/checkpoint_kills.py --kills 300                     the world size changes
     python tests/faults/checkpoint_kills.py --kills 300 --same-world-size   two processes, always
+    python tests/faults/checkpoint_kills.py --kills 300 --bucket            on S3, over a bad line
 
 A run is killed and resumed until it is done; then the next run begins. After every kill each
 committed checkpoint on disk must verify and load, the newest must equal the undisturbed run's
@@ -22,6 +23,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import random
 import re
 import select
@@ -39,10 +41,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))  # this checkout, not an installed pixloom
 
 from checkpoint_watch import Event, FolderWatch, Listing, StoreWatch, Watch, clear, listing
 from fork_server import ForkServer, Rank, start_fresh
+from servers import FaultyProxy, s3_client, seaweedfs
 
 from pipeline import checkpoint
 from pipeline.state import TrainState
@@ -59,6 +63,8 @@ RENDEZVOUS_S = 1.0
 """the same before all ranks have met: then only a launcher can know that one will never come"""
 MAX_VIOLATIONS = 20
 """more say nothing new"""
+FAULTS = {"unavailable": 0.03, "reset": 0.03, "lost_reply": 0.03, "cut_reply": 0.02, "stall": 0.003}
+"""of the bad line to a bucket, and how many of all requests each strikes"""
 LIFE_S = 240.0
 """how long a life may last that nobody kills"""
 
@@ -235,6 +241,8 @@ class Totals:
     worst_difference: dict[str, float] = field(default_factory=dict)
     """by precision and kind of tensor; relative, L2"""
     temporary_files_left: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
+    """of the line to the bucket, by kind"""
     violations: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -246,6 +254,8 @@ class Campaign:
         self.arguments, self.folder, self.server = arguments, folder, server
         self.totals = Totals(arguments.seed, arguments.same_world_size)
         self.config = folder / "config.toml"
+        self.environment: dict[str, str] = {}
+        """what ranks have besides this process's own"""
         self.aims: list[str] = []
         self.start_s = {False: 0.7, True: 8.0}
         """seconds from start to the first step's beginning, forked and fresh; learnt"""
@@ -289,6 +299,7 @@ class Campaign:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
             "ACCELERATE_USE_CPU": "true",
+            **self.environment,
         }
         ranks = []
         for rank in range(world_size):
@@ -481,10 +492,11 @@ class Campaign:
     ) -> list[str]:
         """What is wrong with where a life came from and with what it left."""
         problems, steps = [], found.steps()
-        if life.progress.started and life.progress.resumed_from != newest:
-            problems.append(
-                f"resumed from step {life.progress.resumed_from}, the newest commit is of {newest}"
-            )
+        resumed_from = life.progress.resumed_from
+        # What a killed process sent may reach a bucket after we looked.
+        late = bool(self.arguments.url) and resumed_from > newest
+        if life.progress.started and resumed_from != newest and not late:
+            problems.append(f"resumed from step {resumed_from}, the newest commit is of {newest}")
         for step in steps:
             problems += found.problems(step)
         last = max(steps, default=0)
@@ -650,7 +662,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--fresh", type=int, default=15, metavar="N",
         help="every N-th life and the undisturbed run are new processes, not forks; 0: none [15]",
     )  # fmt: skip
-    parser.add_argument("--url", default="", help="checkpoints go below this fsspec URL")
+    parser.add_argument("--url", default="", help="checkpoints go below this URL")
+    parser.add_argument(
+        "--bucket", action="store_true", help="or to an S3 server of our own, through a bad line"
+    )
     parser.add_argument("--out", type=Path, help="folder to work in, kept [a temporary one]")
     parser.add_argument("--keep", action="store_true", help="keep the files of good runs as well")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -660,10 +675,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         parser.error(f"--out {folder}: is not empty")
-    with ForkServer() as server:
-        campaign = Campaign(arguments, folder.resolve(), server)
+    with contextlib.ExitStack() as stack:
+        environment: dict[str, str] = {}
+        if arguments.bucket:
+            bucket = stack.enter_context(seaweedfs())
+            proxy = stack.enter_context(FaultyProxy(bucket.endpoint, arguments.seed))
+            for fault, rate in FAULTS.items():
+                proxy.inject(fault, rate)
+            environment = bucket.through(proxy).environment | {"PIXLOOM_STORAGE_READ_S": "2"}
+            os.environ.update(bucket.environment)  # we look at the bucket itself
+            arguments.url = f"{bucket.url}/kills"
+        campaign = Campaign(arguments, folder.resolve(), stack.enter_context(ForkServer()))
+        campaign.environment = environment
         campaign.prepare()
         campaign.go_on()
+        if arguments.bucket:
+            campaign.totals.faults = dict(proxy.counts)
+            uploads = s3_client(bucket).list_multipart_uploads(Bucket=bucket.url.split("/")[2])
+            if uploads.get("Uploads"):
+                campaign.totals.violations.append({"problems": ["uploads left unfinished"]})
     totals = asdict(campaign.totals)
     if arguments.out is None and not totals["violations"] and not arguments.keep:
         shutil.rmtree(folder)
