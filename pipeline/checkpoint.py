@@ -23,7 +23,7 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from pipeline.ranks import Ranks
 from pipeline.state import TrainState
 from shards import storage
 from shards.format import FormatError
-from shards.storage import UserError
+from shards.storage import StorageError, UserError
 
 CHECKPOINT_VERSION = 2
 COMMIT_NAME = "COMMIT.json"
@@ -81,10 +81,15 @@ class Meta:
 
 
 def directory_of(run: Path) -> str:
-    """Where a run's checkpoints lie: what its config.toml says, or `checkpoints` beside that."""
+    """Where a run's checkpoints lie, as its config.toml says."""
     config = run / CONFIG_NAME
     url = read_toml(str(config)).get("checkpoint", {}).get("url") if config.is_file() else None
-    return str(url or run / "checkpoints")
+    return directory_in(run, url or "")
+
+
+def directory_in(run: Path, url: str) -> str:
+    """Where a run's checkpoints lie when checkpoint.url is `url`."""
+    return url or str(run / "checkpoints")
 
 
 def committed(directory: str) -> list[str]:
@@ -108,11 +113,14 @@ def verify(checkpoint: str, names: Sequence[str] | None = None) -> list[str]:
     """What is wrong with a checkpoint, a line each; empty when every hash matches.
 
     With `names`, only these of its files are read.
+
+    Raises:
+        StorageError: a bucket does not answer, which says nothing about what is in it.
     """
     try:
         files = _committed_files(checkpoint)
     except UserError as error:
-        return [str(error)]
+        return _as_problem(checkpoint, error)
     problems = []
     for name, sha256 in files.items():
         if names is None or name in names:
@@ -122,13 +130,16 @@ def verify(checkpoint: str, names: Sequence[str] | None = None) -> list[str]:
 
 
 def fetch(checkpoint: str, folder: Path) -> list[str]:
-    """Downloads a checkpoint into `folder`, which is made; what is wrong with it, as `verify`."""
+    """Downloads a checkpoint into `folder`, which is made; what is wrong with it, as `verify`.
+
+    Raises:
+        StorageError: as `verify`, or `folder` cannot be written.
+    """
     try:
         files = _committed_files(checkpoint)
-        folder.mkdir(parents=True, exist_ok=True)
-        storage.fetch(storage.join(checkpoint, COMMIT_NAME), folder / COMMIT_NAME)
     except UserError as error:
-        return [str(error)]
+        return _as_problem(checkpoint, error)
+    storage.fetch(storage.join(checkpoint, COMMIT_NAME), folder / COMMIT_NAME)
     problems = []
     for name, sha256 in files.items():
         problems += _check(checkpoint, name, sha256, folder)
@@ -167,10 +178,14 @@ def save(
         meta: the same on every rank; rank 0's is written.
         scratch: local folder in which files for a bucket are made; default: the system's.
 
+    A checkpoint of this step that verifies stays, and is not written again.
+
     Raises:
         UserError: on all ranks, when one of them could not write. Nothing is committed then.
     """
     checkpoint = path_of(directory, meta.state.step)
+    if ranks.sum_int(int(ranks.is_main and _is_there(checkpoint, meta)))[0]:
+        return checkpoint
 
     def prepare() -> str:
         # A writer of a killed job may still be at it, or its upload arrive late: so that it can
@@ -179,19 +194,24 @@ def save(
         if not storage.is_remote(checkpoint):
             with storage.explained(checkpoint):
                 storage.local_path(checkpoint).mkdir(parents=True)
+                storage.sync(storage.local_path(directory).parent)
         return secrets.token_hex(4)
 
     def write(name: str, make: Callable[[Path], None]) -> WrittenFile:
         url = storage.join(checkpoint, name)
         if storage.is_remote(checkpoint):
+            if scratch is not None:
+                with storage.explained(str(scratch)):
+                    scratch.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix="upload-", dir=scratch) as folder:
                 path = Path(folder) / name
                 written = _make(name, path, make)
                 storage.publish(path, url)
         else:
-            with storage.explained(url):
-                written = _make(name, storage.local_path(url), make)
-                storage.sync(storage.local_path(url))
+            if not storage.exists(checkpoint):
+                raise UserError(f"{checkpoint}: was made by rank 0; do all nodes see {directory}?")
+            written = _make(name, storage.local_path(url), make)
+            storage.sync(storage.local_path(url))
         return written
 
     def commit(files: Sequence[WrittenFile]) -> None:
@@ -201,7 +221,7 @@ def save(
         for file in files:
             url = storage.join(checkpoint, file.name)
             if storage.size_bytes(url) != file.num_bytes:
-                raise UserError(f"{url}: is not what was written; do all nodes see {directory}?")
+                raise UserError(f"{url}: is not of the size that was written; is the disk full?")
         body: dict[str, Any] = {
             "version": CHECKPOINT_VERSION,
             "step": meta.state.step,
@@ -223,9 +243,7 @@ def save(
     try:
         dcp.save(chunks, ranks, prepare=prepare, write=write, commit=commit)
     except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        # Other failures than these are the peers', whose own exception tells more.
-        raise UserError(f"rank {rank}: {cause or type(cause).__name__}") from error
+        raise UserError(dcp.cause_of(error)) from error
     return checkpoint
 
 
@@ -237,39 +255,47 @@ def choose(run: Path, which: str) -> str:
     if which == "last":
         chosen = found[-1]
     elif which == "best":
-        intact = [path for path in found if not verify(path, [STATE_NAME])]
-        best = Meta.read(intact[-1]).state.best_step if intact else None
-        chosen = next((path for path in found if step_of(path) == best), found[-1])
+        chosen = _best_of(found) or found[-1]
     else:
         matching = [path for path in found if which == str(step_of(path))]
         if not matching:
             steps = ", ".join(str(step_of(path)) for path in found)
             raise UserError(f"{run}: no checkpoint of step {which}; it has {steps}")
         chosen = matching[0]
-    problems = (
-        [] if storage.is_remote(chosen) else verify(chosen)
-    )  # `opened` verifies what it fetches
+    # Not one in a bucket: `opened` verifies what it fetches.
+    problems = [] if storage.is_remote(chosen) else verify(chosen)
     if problems:
         raise UserError(f"{problems[0]}; choose another one with --checkpoint")
     return chosen
 
 
 def prune(
-    directory: str, step: int, *, keep_last: int, keep_every: int = 0, best_step: int | None = None
+    directory: str,
+    step: int,
+    *,
+    keep_last: int,
+    keep_every: int = 0,
+    damaged: Collection[int] = (),
 ) -> None:
     """Clears what a run at `step` needs no more, and what killed saves and prunes left.
 
     Kept are the newest `keep_last` committed checkpoints up to `step`, the best one, those of
     every `keep_every`-th step, and all newer ones: a run that fell back to an older checkpoint
-    will write those again. No save may be under way.
+    will write those again. Those of the steps in `damaged` count for nothing. No save may be
+    under way.
     """
     found = _folders(directory)
-    older = [path for path, is_committed in found.items() if is_committed and step_of(path) <= step]
+    older = [
+        path
+        for path, is_committed in found.items()
+        if is_committed and step_of(path) <= step and step_of(path) not in damaged
+    ]
+    best = _best_of(older)
     kept = {
         path
         for path in older
         if path in older[-keep_last:]
-        or step_of(path) == best_step
+        or path == best
         or (keep_every and step_of(path) % keep_every == 0)
     }
     for checkpoint in found:
@@ -355,12 +381,44 @@ def _folders(directory: str) -> dict[str, bool]:
     found: dict[str, bool] = {}
     names = list(storage.list_files(directory))
     if not storage.is_remote(directory) and storage.exists(directory):
-        names += [path.name for path in storage.local_path(directory).iterdir()]  # empty ones too
+        with storage.explained(directory):
+            names += [path.name for path in storage.local_path(directory).iterdir()]  # empty ones
     for name in names:
         folder, _, file = name.partition("/")
         if re.fullmatch(r"step-\d{8,}", folder):
             found[folder] = found.get(folder, False) or file == COMMIT_NAME
     return {storage.join(directory, folder): found[folder] for folder in sorted(found, key=step_of)}
+
+
+def _best_of(found: Sequence[str]) -> str | None:
+    """Of committed checkpoints, oldest first, the best by what their states say.
+
+    The newest state names a step. Where that one could not be saved, the best is the newest that
+    was the best when it was saved.
+    """
+    named = None
+    for path in reversed(found):
+        if verify(path, [STATE_NAME]):
+            continue
+        state = Meta.read(path).state
+        if named is None:
+            named = state.best_step
+            for other in found:
+                if step_of(other) == named:
+                    return other
+        if state.best_step == step_of(path):
+            return path
+    return None
+
+
+def _is_there(checkpoint: str, meta: Meta) -> bool:
+    """Whether this very state is saved already. It is then when a run fell back without need."""
+    try:
+        if not storage.exists(storage.join(checkpoint, COMMIT_NAME)) or verify(checkpoint):
+            return False
+        return Meta.read(checkpoint).state.order_digest == meta.state.order_digest
+    except (UserError, OSError):
+        return False
 
 
 def _committed_files(checkpoint: str) -> dict[str, str]:
@@ -398,17 +456,23 @@ def _commit_text(body: Mapping[str, Any]) -> str:
 def _check(checkpoint: str, name: str, sha256: str, scratch: Path) -> list[str]:
     """Hashes one file; one from a bucket is downloaded into `scratch`."""
     url = storage.join(checkpoint, name)
-    if not storage.is_remote(url):
-        path = storage.local_path(url)
-        if not path.is_file():
-            return [f"{url}: missing"]
-    else:
-        path = scratch / name
-        try:
+    if not storage.exists(url):
+        return [f"{url}: missing"]
+    path = scratch / name if storage.is_remote(url) else storage.local_path(url)
+    try:
+        if storage.is_remote(url):
             storage.fetch(url, path)
-        except UserError as error:
-            return [str(error)]
-    return [] if _sha256(path) == sha256 else [f"{url}: sha256 differs from {COMMIT_NAME}"]
+        with storage.explained(str(path)):
+            return [] if _sha256(path) == sha256 else [f"{url}: sha256 differs from {COMMIT_NAME}"]
+    except StorageError as error:
+        return _as_problem(checkpoint, error)
+
+
+def _as_problem(checkpoint: str, error: UserError) -> list[str]:
+    """A local file that cannot be read is damaged; a bucket that does not answer says nothing."""
+    if isinstance(error, StorageError) and storage.is_remote(checkpoint):
+        raise error
+    return [str(error)]
 
 
 def _tensor_files(folder: Path) -> list[Path]:
@@ -418,7 +482,8 @@ def _tensor_files(folder: Path) -> list[Path]:
 
 def _make(name: str, path: Path, make: Callable[[Path], None]) -> WrittenFile:
     make(path)
-    return WrittenFile(name, path.stat().st_size, _sha256(path))
+    with storage.explained(str(path)):
+        return WrittenFile(name, path.stat().st_size, _sha256(path))
 
 
 def _sha256(path: Path) -> str:

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -45,7 +46,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.futures import Future
 
 from pipeline.ranks import Ranks
-from shards.storage import UserError
+from shards import storage
+from shards.storage import StorageError, UserError
 
 _HEADER_KEY = "chunks"
 
@@ -94,7 +96,8 @@ def owned(tensors: Mapping[str, Tensor], rank: int, world_size: int) -> dict[str
 def cut(
     sizes: Mapping[str, tuple[int, int]], rank: int, world_size: int
 ) -> dict[str, tuple[int, int]]:
-    """The rows [start, stop) of each tensor that are a rank's; tensors without any are left out.
+    """The rows [start, stop) of each tensor that are a rank's; tensors without any are left out,
+    but for empty ones, which are rank 0's.
 
     All tensors are laid end to end, and cut into equal parts at the nearest rows.
 
@@ -110,7 +113,7 @@ def cut(
             min(max(round(rows * (edge - at) / num_bytes), 0), rows) if num_bytes else 0
             for edge in (begin, end)
         )
-        if start < stop:
+        if start < stop or (not num_bytes and rank == 0):
             rows_of[name] = (start, stop)
         at += num_bytes
     return rows_of
@@ -180,12 +183,33 @@ def load(targets: dict[str, Tensor], files: Iterable[Path]) -> None:
         found = saved.get(name)
         if not isinstance(found, TensorStorageMetadata) or found.size != tensor.shape:
             raise UserError(f"the checkpoint's tensor {name} does not fit the model")
-    dcp_load(
-        targets,
-        storage_reader=reader,
-        planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        no_dist=True,
-    )
+    try:
+        dcp_load(
+            targets,
+            storage_reader=reader,
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            no_dist=True,
+        )
+    except CheckpointException as error:  # such as a file that was pruned meanwhile
+        raise UserError(cause_of(error)) from error
+
+
+def cause_of(error: CheckpointException) -> str:
+    """One line: which rank failed first, and why. DCP's own text holds tracebacks."""
+    rank, (cause, _) = min(error.failures.items())
+    return f"rank {rank}: {cause or type(cause).__name__}"
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """One safetensors file, readable by whom any new file is. Raises `StorageError`."""
+    with storage.explained(str(path)):
+        path.touch()
+        mode = path.stat().st_mode
+        try:
+            save_file(dict(tensors), path, dict(metadata))  # replaces it by a private file
+        except SafetensorError as error:
+            raise StorageError(f"{path}: {error}") from error
+        path.chmod(mode)
 
 
 def shapes(files: Iterable[Path]) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -271,17 +295,20 @@ class _Writer(StorageWriter):
         future: Future[list[WriteResult]] = Future()
         results = []
         if plan.items:
-            tensors, boxes = {}, {}
+            tensors: dict[str, Tensor] = {}
+            boxes = {}
             for item in plan.items:
                 assert item.tensor_data is not None
                 name = item.index.fqn
-                tensors[name] = planner.resolve_data(item)
+                value = planner.resolve_data(item)
+                assert isinstance(value, Tensor)
+                tensors[name] = value
                 whole, box = item.tensor_data.size, item.tensor_data.chunk
                 if box.sizes != whole:
                     boxes[name] = {"size": list(whole), "offsets": list(box.offsets)}
 
             def make(path: Path) -> None:
-                save_file(tensors, path, {_HEADER_KEY: json.dumps(boxes)})  # type: ignore[arg-type]
+                write_tensors(tensors, path, {_HEADER_KEY: json.dumps(boxes)})
 
             written = self._write(plan.storage_data, make)
             results = [WriteResult(plan.items[0].index, written.num_bytes, written)]

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from pipeline import __version__, checkpoint
 from pipeline.build import dtype_of, load_model
 from pipeline.config import Config, config_of, read_toml, to_dict
+from pipeline.dcp import write_tensors
 from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.state import TrainState
 from pipeline.tasks import build_task
@@ -151,7 +152,7 @@ def write_export(run: Path, which: str, folder: Path, *, overwrite: bool = False
     with storage.exclusive(str(folder)) as scratch, storage.explained(str(folder)):
         own = trained.model.state_dict()
         tensors = {name: tensor.contiguous() for name, tensor in own.items()}
-        save_file(tensors, scratch / MODEL_NAME, metadata={"format": "pt"})
+        write_tensors(tensors, scratch / MODEL_NAME, {"format": "pt"})
         files = [MODEL_NAME]
         if tokenizer_json is not None:
             (scratch / TOKENIZER_NAME).write_bytes(tokenizer_json.encode())

@@ -16,14 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards.format import FormatError
-from shards.storage import UserError
+from shards.storage import StorageError, UserError
 
 
 @contextlib.contextmanager
 def said_once() -> Iterator[None]:
-    """For errors that all processes meet alike: the first one of a machine says it, all end."""
+    """For errors that all processes meet alike: the first one of a machine says it, all end.
+
+    What a process could not read or write is said by each, for the others may have been able to.
+    """
     try:
         yield
+    except StorageError:
+        raise
     except (UserError, FormatError):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise

@@ -1,9 +1,11 @@
 """Which checkpoint a run goes on from, and whether it may."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +15,12 @@ from torch import nn
 
 from pipeline import checkpoint
 from pipeline.config import Config, config_of, differences, to_dict
-from pipeline.ranks import Ranks
+from pipeline.ranks import Ranks, said_once
 from pipeline.runlog import RunLog
-from pipeline.saver import scratch_of
+from pipeline.saver import clear_scratch, scratch_of
 from pipeline.state import TrainState
 from shards import storage
-from shards.format import Manifest
+from shards.format import FormatError, Manifest
 from shards.storage import UserError
 
 _LOCK_WAIT_S = 5.0
@@ -68,14 +70,14 @@ def check_resumable(config: Config, manifest: Manifest) -> None:
 
 def directory_of(config: Config) -> str:
     """Where the run's checkpoints go."""
-    return config.checkpoint.url or str(Path(config.run.dir) / "checkpoints")
+    return checkpoint.directory_in(Path(config.run.dir), config.checkpoint.url)
 
 
 def is_new(config: Config, ranks: Ranks) -> bool:
     """Whether `restore_newest` will find nothing to go on from."""
-    (num_found,) = ranks.sum_int(
-        len(checkpoint.committed(directory_of(config))) if ranks.is_main else 0
-    )
+    with together(ranks):
+        found = checkpoint.committed(directory_of(config)) if ranks.is_main else []
+    (num_found,) = ranks.sum_int(len(found))
     return not num_found and config.run.resume in ("auto", "never")
 
 
@@ -85,36 +87,59 @@ def restore_newest(
     log: RunLog,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-) -> TrainState:
-    """Puts model and optimizer where the run goes on from; returns its state. In this order:
+) -> tuple[TrainState, set[int]]:
+    """Puts model and optimizer where the run goes on from.
 
     1. the newest checkpoint of the run that verifies: others are passed over aloud;
     2. the one that run.resume names, for a run without any;
     3. none: a new state, and everything as it is.
 
+    Returns:
+        The state of the run, and the steps of the checkpoints that were passed over.
+
     Raises:
-        UserError: there are checkpoints, and none verifies.
+        UserError: there are checkpoints, and none verifies; or a bucket does not answer.
     """
     directory = directory_of(config)
-    candidates = checkpoint.committed(directory)[::-1] if ranks.is_main else []
+    with together(ranks):
+        candidates = checkpoint.committed(directory)[::-1] if ranks.is_main else []
     (num_found,) = ranks.sum_int(len(candidates))
     named = config.run.resume if config.run.resume not in ("auto", "never") else ""
     if not num_found and not named:
-        return TrainState()
+        return TrainState(), set()
+    damaged: set[int] = set()
     for place in range(num_found or 1):
         # Rank 0's listing counts: in a bucket another rank may be shown another one.
         (step,) = ranks.sum_int(checkpoint.step_of(candidates[place]) if candidates else 0)
         candidate = checkpoint.path_of(directory, step) if num_found else named
         with _verified(candidate, Path(config.run.dir), ranks, log) as folder:
             if folder is not None:
-                state = checkpoint.Meta.read(str(folder)).state
-                checkpoint.restore(folder, model, optimizer)
+                with together(ranks):
+                    state = checkpoint.Meta.read(str(folder)).state
+                    checkpoint.restore(folder, model, optimizer)
                 log.say(f"resumed from {checkpoint.name_of(candidate)}")
-                return state
-    raise UserError(
-        f"{directory if num_found else named}: none of its {num_found or 1} checkpoints verifies; "
-        "move them away to start from scratch"
-    )
+                return state, damaged
+        damaged.add(step)
+    with said_once():
+        raise UserError(
+            f"{directory if num_found else named}: none of its {num_found or 1} checkpoints "
+            "verifies; move them away to start from scratch"
+        )
+
+
+@contextlib.contextmanager
+def together(ranks: Ranks) -> Iterator[None]:
+    """Ends all ranks when the block fails on one of them, which says why; all must come here."""
+    failed: UserError | FormatError | None = None
+    try:
+        yield
+    except (UserError, FormatError) as error:
+        failed = error
+    (num_failed,) = ranks.sum_int(int(failed is not None))
+    if failed is not None:
+        raise failed
+    if num_failed:
+        sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -128,10 +153,11 @@ def _verified(candidate: str, run: Path, ranks: Ranks, log: RunLog) -> Iterator[
         scratch_of(run) / checkpoint.name_of(candidate) if remote else storage.local_path(candidate)
     )
     problems: list[str] = []
-    if remote and os.environ.get("LOCAL_RANK", "0") == "0":
-        problems = checkpoint.fetch(candidate, folder)
-    elif not remote and ranks.is_main:
-        problems = checkpoint.verify(candidate)
+    with together(ranks):
+        if remote and os.environ.get("LOCAL_RANK", "0") == "0":
+            problems = checkpoint.fetch(candidate, folder)
+        elif not remote and ranks.is_main:
+            problems = checkpoint.verify(candidate)
     if problems:
         log.warn(f"{checkpoint.name_of(candidate)} does not verify ({problems[0]}); going back")
     (num_problems,) = ranks.sum_int(len(problems))
@@ -143,28 +169,43 @@ def _verified(candidate: str, run: Path, ranks: Ranks, log: RunLog) -> Iterator[
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def lock_run(folder: Path, ranks: Ranks) -> int | None:
+def lock_run(folder: Path, ranks: Ranks, log: RunLog) -> int | None:
     """Makes this job the folder's only one, until its first process ends; returns the lock.
 
     A POSIX record lock: gone with the process, however it ends, and not handed on to loader
-    workers that outlive it. Waits a while for a job that is being killed.
+    workers that outlive it. Waits a while for a job that is being killed, and removes what such a
+    one left unfinished.
 
     Raises:
         UserError: another job trains in this folder.
     """
     descriptor = None
     held = 0
-    if ranks.is_main:
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        deadline_s = time.monotonic() + _LOCK_WAIT_S
-        while not held:
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = 1
-            except OSError:
-                if time.monotonic() > deadline_s:
-                    break
-                time.sleep(0.2)
+    with together(ranks):
+        if ranks.is_main:
+            path = folder / ".lock"
+            with storage.explained(str(path)):
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            deadline_s = time.monotonic() + _LOCK_WAIT_S
+            while not held and time.monotonic() < deadline_s:
+                held = int(_try_lock(descriptor, log))
+                if not held:
+                    time.sleep(0.2)
     if not ranks.sum_int(held)[0]:
-        raise UserError(f"{folder}: another job trains in this folder; end it, or choose another")
+        with said_once():
+            raise UserError(
+                f"{folder}: another job trains in this folder; end it, or choose another"
+            )
+    clear_scratch(folder)
     return descriptor
+
+
+def _try_lock(descriptor: int, log: RunLog) -> bool:
+    """Whether nobody else holds it. A file system without locks cannot tell, which is said."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        log.warn(f"run.dir cannot be locked ({error.strerror}): see that no other job trains there")
+    return True

@@ -23,16 +23,20 @@ class RunLog:
         self._since_s = time.perf_counter()
         self._samples = 0
         self._wait_s = 0.0
+        self._failing = False
 
     def start(self, config: Config, step: int) -> None:
         """Writes config.toml, and takes back rows after `step`: they will be written again."""
         self._since_s = time.perf_counter()
         if not self.ranks.is_main:
             return
-        storage.publish_text(to_toml(config), str(self.path.with_name(CONFIG_NAME)))
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        storage.publish_text("".join(line + "\n" for line in kept), str(self.path))
+        try:
+            storage.publish_text(to_toml(config), str(self.path.with_name(CONFIG_NAME)))
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+            kept = [line for line in lines if _step_of(line) <= step]
+            storage.publish_text("".join(line + "\n" for line in kept), str(self.path))
+        except (UserError, OSError) as error:
+            self.warn(f"the run's log could not be brought up to date: {error}")
 
     def say(self, line: str) -> None:
         if self.ranks.is_main:
@@ -79,8 +83,7 @@ class RunLog:
         """Appends one JSON object to metrics.jsonl and shows it; `of` is the last step."""
         if not self.ranks.is_main:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append(json.dumps(row))
         quiet = {name for name in ("epoch", "skipped_steps", "bad_samples") if not row.get(name)}
         cells = [
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
@@ -88,6 +91,20 @@ class RunLog:
             if name not in quiet | {"step", "order_digest"}
         ]
         self.say(f"step {row['step']}/{of}  {'  '.join(cells)}")
+
+    def _append(self, line: str) -> None:
+        """A log that cannot be written is no reason to end a run."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                # After a failed write the last line may be torn: it must not tear this one.
+                file.write(("\n" if self._failing else "") + line + "\n")
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self.warn(
+                    f"{self.path}: {error.strerror}; rows are missing until it can be written"
+                )
+            self._failing = True
 
 
 def _step_of(line: str) -> float:

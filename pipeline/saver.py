@@ -8,11 +8,12 @@ import dataclasses
 import os
 import platform
 import shutil
+import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 
 from torch import Tensor
 
@@ -22,33 +23,43 @@ from pipeline.config import Config
 from pipeline.ranks import Ranks
 from pipeline.runlog import RunLog
 from pipeline.stop import StopRequest
-from shards import storage
+from shards.format import FormatError
 from shards.storage import SCRATCH_NAME, UserError
 
-# A rank that dies is noticed at once, by its closed connection. This is for slow uploads.
-_GROUP_TIMEOUT = timedelta(hours=6)
+GROUP_TIMEOUT = timedelta(hours=2)
+"""Of the saver's process group: how long ranks may wait for the slowest one's upload."""
+
 _WORTH_SAYING_S = 1.0
 
 
 class Saver:
     """Saves the checkpoints of a run in the background, and prunes after each.
 
+    A context manager: it ends when the last save has ended. When the block failed as a whole, by
+    what is no `UserError`, other ranks may never answer, and it waits for nothing.
+
     Args:
         directory: where checkpoints go.
+        ranks: over a process group that nobody else uses.
         stop: asked to stop the run when a save fails and checkpoint.on_error is `stop`.
+        damaged: steps whose checkpoints do not verify; they count for nothing when pruning.
     """
 
-    def __init__(self, directory: str, config: Config, log: RunLog, stop: StopRequest) -> None:
-        self.directory, self.log, self.stop = directory, log, stop
-        self.config = config.checkpoint
-        self.ranks = Ranks.of_run(_GROUP_TIMEOUT)
-        self.blocked_s = 0.0
-        """seconds that the training waited, over all saves"""
-        self._scratch = scratch_of(Path(config.run.dir)) / f"rank-{self.ranks.rank}"
+    def __init__(
+        self,
+        directory: str,
+        config: Config,
+        ranks: Ranks,
+        log: RunLog,
+        stop: StopRequest,
+        damaged: Collection[int] = (),
+    ) -> None:
+        self.directory, self.ranks, self.log, self.stop = directory, ranks, log, stop
+        self.config, self.damaged = config.checkpoint, damaged
+        self._scratch = scratch_of(Path(config.run.dir)) / f"rank-{ranks.rank}"
         self._stage = dcp.Stage()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
-        self._error: UserError | None = None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
 
     def save(self, tensors: Mapping[str, Tensor], meta: Meta) -> None:
         """Begins a save, on all ranks alike; what happens to `tensors` afterwards changes nothing.
@@ -57,12 +68,19 @@ class Saver:
         before stays.
         """
         start_s = time.perf_counter()
-        self._wait(f"the checkpoint of step {meta.state.step}")
+        self._wait()
+        waited_s = time.perf_counter() - start_s
+        if waited_s > _WORTH_SAYING_S:
+            self.log.say(
+                f"the checkpoint of step {meta.state.step} waited {waited_s:.1f} s for the one "
+                "before it; raise checkpoint.every_steps, or save to a faster place"
+            )
         chunks = self._stage.copy(dcp.owned(tensors, self.ranks.rank, self.ranks.world_size))
         # `state` goes on changing.
         meta = dataclasses.replace(meta, state=dataclasses.replace(meta.state))
-        self._pending = self._thread.submit(self._write, chunks, meta)
-        self.blocked_s += time.perf_counter() - start_s
+        # A daemon: a thread that waits for a rank that is gone does not keep the process.
+        self._thread = threading.Thread(target=self._write, args=(chunks, meta), daemon=True)
+        self._thread.start()
 
     def finish(self) -> None:
         """Waits until the last save is done.
@@ -70,34 +88,32 @@ class Saver:
         Raises:
             UserError: it failed; on all ranks alike.
         """
-        start_s = time.perf_counter()
         self._wait()
-        self.blocked_s += time.perf_counter() - start_s
         if self._error is not None:
             raise self._error
 
-    def close(self) -> None:
-        """Ends the thread, after the save that it is at."""
-        self._thread.shutdown()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+    def __enter__(self) -> "Saver":
+        return self
 
-    def _wait(self, what: str = "") -> None:
-        if self._pending is None:
-            return
-        start_s = time.perf_counter()
-        self._pending.result()
-        waited_s = time.perf_counter() - start_s
-        if what and waited_s > _WORTH_SAYING_S:
-            self.log.say(
-                f"{what} waited {waited_s:.1f} s for the one before it to be written; "
-                "raise checkpoint.every_steps, or save to a faster place"
-            )
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None or issubclass(kind, UserError | FormatError | SystemExit):
+            self._wait()
+
+    def _wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None and not isinstance(self._error, UserError):
+            raise self._error
 
     def _write(self, chunks: Mapping[str, dcp.Chunk], meta: Meta) -> None:
         step = meta.state.step
         try:
-            if storage.is_remote(self.directory):
-                self._scratch.mkdir(parents=True, exist_ok=True)
             checkpoint.save(self.directory, chunks, meta, self.ranks, self._scratch)
             self._error = None
         except UserError as error:
@@ -106,21 +122,25 @@ class Saver:
                 self.stop.ask()
             if self.ranks.is_main:
                 self.log.warn(f"{self._error}; what was saved before is as it was")
+        except Exception as error:
+            self._error = error  # a rank is gone: the training meets the same, or raises this
+            return
+        finally:
+            shutil.rmtree(self._scratch, ignore_errors=True)
         if self.ranks.is_main:
-            self._clear(meta, failed=self._error is not None)
+            self._clear(step, failed=self._error is not None)
 
-    def _clear(self, meta: Meta, *, failed: bool) -> None:
+    def _clear(self, step: int, *, failed: bool) -> None:
         """Not worth a failed save, let alone a failed run: the next save clears again."""
-        step = meta.state.step
         try:
             if failed:
                 checkpoint.remove(checkpoint.path_of(self.directory, step))
             else:
                 checkpoint.prune(
                     self.directory, step, keep_last=self.config.keep_last,
-                    keep_every=self.config.keep_every_steps, best_step=meta.state.best_step,
+                    keep_every=self.config.keep_every_steps, damaged=self.damaged,
                 )  # fmt: skip
-        except UserError as error:
+        except (UserError, OSError) as error:
             if not failed:
                 self.log.warn(f"older checkpoints could not be cleared: {error}")
 

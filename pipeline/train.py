@@ -35,7 +35,7 @@ from pipeline.parallel import Parallel, Sharded, check_launcher, share_model
 from pipeline.ranks import Ranks, said_once
 from pipeline.rng import torch_seed
 from pipeline.runlog import RunLog
-from pipeline.saver import Saver, clear_scratch
+from pipeline.saver import GROUP_TIMEOUT, Saver
 from pipeline.state import TrainState
 from pipeline.stop import EXIT_REQUEUE, StopRequest
 from pipeline.stream import BatchDataset, TrainPlans, grouped, make_loader
@@ -92,9 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, *, as_json: bool = False) -> int:
     """One run from its configuration; returns the exit status."""
     run = setup(config)
-    with contextlib.closing(run.saver), said_once():
+    with run.stop.listening(), run.saver:
         stopped = fit(run)
-        run.saver.finish()
+        with said_once():
+            run.saver.finish()
+    if stopped:
+        run.log.say(f"stopped after step {run.state.step}, saved; start again to go on")
     if run.ranks.is_main and as_json:
         print(json.dumps({**asdict(run.state), "stopped": stopped}))
     run.accelerator.end_training()
@@ -119,22 +122,20 @@ def setup(config: Config) -> Run:
         resume.check_resumable(config, manifest)
 
     accelerator = build.new_accelerator(config)
-    ranks = Ranks.of_run()
+    ranks, saver_ranks = Ranks.of_run(), Ranks.of_run(GROUP_TIMEOUT)
     log = RunLog(Path(config.run.dir), ranks)
-    with said_once():
-        lock = resume.lock_run(Path(config.run.dir), ranks)
-        if config.run.init and resume.is_new(config, ranks):
+    lock = resume.lock_run(Path(config.run.dir), ranks, log)
+    if config.run.init and resume.is_new(config, ranks):
+        with said_once():
             log.say(warm_start(model, config.run.init).line)
-    clear_scratch(Path(config.run.dir))
     parallel = share_model(model, accelerator)
     optimizer = build_optimizer(model, config.optim)
     wrapped, wrapped_optimizer = parallel.prepare(optimizer)
-    with said_once():
-        state = resume.restore_newest(config, ranks, log, model, optimizer)
+    state, damaged = resume.restore_newest(config, ranks, log, model, optimizer)
     if accelerator.scaler is not None and state.loss_scale:
         accelerator.scaler.load_state_dict(state.loss_scale)
     stop = StopRequest(config.run.max_time_s)
-    saver = Saver(resume.directory_of(config), config, log, stop)
+    saver = Saver(resume.directory_of(config), config, saver_ranks, log, stop, damaged)
     total_steps = config.run.steps or config.run.epochs * order.steps_per_epoch
     run = Run(
         config=config, data_digest=manifest.data_digest, order=order, total_steps=total_steps,
@@ -153,8 +154,10 @@ def setup(config: Config) -> Run:
 
 
 def fit(run: Run) -> bool:
-    """Trains to the last step; True when it was stopped before, with everything saved."""
+    """Trains to the last step, whose save it begins; True when it was stopped before that."""
     config, state, order = run.config, run.state, run.order
+    if has_converged(run):
+        return False
     micros = order.micros_of(run.ranks.rank, run.ranks.world_size)
     plans = TrainPlans(order, micros, state.step, run.total_steps)
     pin = run.accelerator.device.type == "cuda"
@@ -163,22 +166,18 @@ def fit(run: Run) -> bool:
     validate_every = config.validate.every_steps or order.steps_per_epoch
     save_every = config.checkpoint.every_steps or order.steps_per_epoch
     run.wrapped.train()
-    with run.stop.listening(), contextlib.closing(grouped(loader, len(micros))) as steps:
+    with contextlib.closing(grouped(loader, len(micros))) as steps:
         for batches, wait_s in steps:
-            if has_converged(run):
-                return False
             stopping = train_step(run, batches, wait_s)
             last = state.step == run.total_steps
             improved = False
             if run.val_data is not None and (last or state.step % validate_every == 0):
                 improved = validate(run, run.val_data)
-            due = last or improved or stopping or state.step % save_every == 0
-            if due or has_converged(run):
+            converged = has_converged(run)
+            if last or improved or stopping or converged or state.step % save_every == 0:
                 save(run)
-            if stopping and not last:
-                run.saver.finish()
-                run.log.say(f"stopped after step {state.step}, saved; start again to go on")
-                return True
+            if converged or last or stopping:
+                return stopping and not (converged or last)
     return False
 
 
@@ -243,7 +242,8 @@ def validate(run: Run, data: BatchDataset) -> bool:
         )  # fmt: skip
     except BadSamplesError:
         save(run)  # what was trained is not lost
-        raise
+        with said_once():
+            raise
     epoch, _ = run.order.epoch_of(state.step - 1)
     run.log.row({"step": state.step, "epoch": epoch, "split": "val", **metrics}, of=run.total_steps)
     metric = run.config.validate.metric or run.task.metric

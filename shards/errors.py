@@ -57,6 +57,10 @@ class UserError(Exception):
     """What a user can put right: one line that names the file or option and what to do."""
 
 
+class StorageError(UserError):
+    """A file or an object that could not be read or written, perhaps by this process alone."""
+
+
 def redact(text: str) -> str:
     """`text` without credentials.
 

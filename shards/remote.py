@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
-from shards.errors import UserError, redact
+from shards.errors import StorageError, UserError, redact
 
 T = TypeVar("T")
 
@@ -625,7 +625,7 @@ def _store_for(url: str) -> _Store:
 
 @contextlib.contextmanager
 def _opened(url: str) -> Iterator[tuple[_Store, str]]:
-    """The client for `url` and the path on it; errors become a `UserError` naming `url`."""
+    """The client for `url` and the path on it; errors become a `StorageError` naming `url`."""
     try:
         _check(url)
         store = _store_for(url)
@@ -633,7 +633,8 @@ def _opened(url: str) -> Iterator[tuple[_Store, str]]:
     except Exception as error:
         logger.debug("%s", redact(traceback.format_exc()))
         # Not `from error`: what the clients raise carries signed URLs and request headers.
-        raise UserError(redact(f"{url}: {_explanation(error)}")) from None
+        kind = UserError if isinstance(error, UserError) else StorageError
+        raise kind(redact(f"{url}: {_explanation(error)}")) from None
 
 
 def _check(url: str) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shards import remote
+from shards.errors import StorageError as StorageError
 from shards.errors import UserError as UserError
 from shards.errors import command as command
 from shards.errors import redact as redact
@@ -264,17 +265,18 @@ def _remove_leftovers(root: Path) -> None:
 
 def sync(path: Path) -> None:
     """Forces a file's data, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with explained(str(path)):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
 def explained(url: str) -> Iterator[None]:
-    """Turns an OSError, such as a full disk, into a `UserError` naming `url`."""
+    """Turns an OSError, such as a full disk, into a `StorageError` naming `url`."""
     try:
         yield
     except OSError as error:
-        raise UserError(redact(f"{url}: {error.strerror or error}")) from error
+        raise StorageError(redact(f"{url}: {error.strerror or error}")) from error

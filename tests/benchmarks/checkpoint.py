@@ -104,7 +104,9 @@ def measure(rank: int, port: int, world_size: int, rounds: int, device: str, fol
         },
         "benchmark",
     )
-    saver = Saver(str(run / "checkpoints"), config, RunLog(run, ranks), StopRequest(0))
+    saver = Saver(
+        str(run / "checkpoints"), config, Ranks.of_run(), RunLog(run, ranks), StopRequest(0)
+    )
     times = Rounds([], [], [])
 
     def save(step: int) -> tuple[float, float]:
@@ -131,7 +133,6 @@ def measure(rank: int, port: int, world_size: int, rounds: int, device: str, fol
         blocked_s, committed_s = save(step)
         times.blocked_s.append(slowest(ranks, blocked_s))
         times.committed_s.append(slowest(ranks, committed_s))
-    saver.close()
     grown = torch.zeros(world_size, dtype=torch.int64)
     grown[rank] = growth.peak_bytes
     ranks.sum(grown)

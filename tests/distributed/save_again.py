@@ -15,9 +15,9 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     add_config_flags(parser)
     run = train.setup(config_from(parse_flags(parser, sys.argv[1:])))
-    train.save(run)
-    run.saver.finish()
-    run.saver.close()
+    with run.saver:
+        train.save(run)
+        run.saver.finish()
     run.accelerator.end_training()
     return 0
 

@@ -41,7 +41,8 @@ class Parts:
         return Path(checkpoint.save(self.directory, chunks, meta, Ranks()))
 
     def restore(self) -> TrainState:
-        return resume.restore_newest(self.config, Ranks(), self.log, self.model, self.optimizer)
+        state, _ = resume.restore_newest(self.config, Ranks(), self.log, self.model, self.optimizer)
+        return state
 
 
 @pytest.fixture
