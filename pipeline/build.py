@@ -4,9 +4,11 @@ Everything that does not fit together (sizes, splits, a model without a vocabula
 here, in one line, before a process group exists.
 """
 
+import contextlib
 import math
 import os
 import warnings
+from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -20,7 +22,7 @@ from pipeline.parallel import unsharded_accelerate
 from pipeline.rng import torch_seed
 from pipeline.stream import BatchDataset, SampleReader
 from pipeline.tasks import Task
-from shards.format import Manifest
+from shards.format import FormatError, Manifest
 from shards.storage import UserError
 
 
@@ -128,6 +130,18 @@ def new_accelerator(config: Config) -> Accelerator:
             mixed_precision=precision if precision in ("bf16", "fp16") else "no",
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+
+
+@contextlib.contextmanager
+def ending(accelerator: Accelerator) -> Iterator[None]:
+    """Leaves the process group at the end, and after errors that all processes know of. After any
+    other, the others may be waiting in it, and leaving could wait for them."""
+    try:
+        yield
+    except (UserError, FormatError, SystemExit):
+        accelerator.end_training()
+        raise
+    accelerator.end_training()
 
 
 def check_metric(config: Config, task: Task) -> None:

@@ -10,7 +10,7 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +52,7 @@ class Saver:
         ranks: Ranks,
         log: RunLog,
         stop: StopRequest,
-        damaged: Collection[int] = (),
+        damaged: set[int],
     ) -> None:
         self.directory, self.ranks, self.log, self.stop = directory, ranks, log, stop
         self.config, self.damaged = config.checkpoint, damaged
@@ -116,6 +116,7 @@ class Saver:
         try:
             checkpoint.save(self.directory, chunks, meta, self.ranks, self._scratch)
             self._error = None
+            self.damaged.discard(step)
         except UserError as error:
             self._error = UserError(f"the checkpoint of step {step} could not be saved: {error}")
             if self.config.on_error == "stop":

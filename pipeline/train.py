@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, *, as_json: bool = False) -> int:
     """One run from its configuration; returns the exit status."""
     run = setup(config)
-    with run.stop.listening(), run.saver:
+    with build.ending(run.accelerator), run.stop.listening(), run.saver:
         stopped = fit(run)
         with said_once():
             run.saver.finish()
@@ -100,7 +100,6 @@ def train(config: Config, *, as_json: bool = False) -> int:
         run.log.say(f"stopped after step {run.state.step}, saved; start again to go on")
     if run.ranks.is_main and as_json:
         print(json.dumps({**asdict(run.state), "stopped": stopped}))
-    run.accelerator.end_training()
     return EXIT_REQUEUE if stopped else 0
 
 

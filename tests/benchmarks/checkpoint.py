@@ -104,9 +104,8 @@ def measure(rank: int, port: int, world_size: int, rounds: int, device: str, fol
         },
         "benchmark",
     )
-    saver = Saver(
-        str(run / "checkpoints"), config, Ranks.of_run(), RunLog(run, ranks), StopRequest(0)
-    )
+    directory, log = str(run / "checkpoints"), RunLog(run, ranks)
+    saver = Saver(directory, config, Ranks.of_run(), log, StopRequest(0), set())
     times = Rounds([], [], [])
 
     def save(step: int) -> tuple[float, float]:
