@@ -1,5 +1,6 @@
 """Where storage fails under a run: a full disk, a bucket behind a bad line, a bucket lost."""
 
+import json
 import re
 import subprocess
 import time
@@ -31,32 +32,34 @@ def steps_of(directory: str | Path) -> list[int]:
 
 
 def test_a_full_disk_costs_checkpoints_not_the_run(
-    start: Callable[..., Any], make_config: Callable[..., Path], tmp_path: Path, small_disk: Path
+    start: Callable[..., Any], make_config: Callable[..., Path], small_disk: Path
 ) -> None:
-    config = make_config(
-        "run", checkpoint={"keep_last": 1, "url": str(small_disk), "every_steps": 16}
-    )
-    words = ["--config", config, "--run.dir", tmp_path / "run"]
+    """Log and checkpoints lie on it, as they do by default."""
+    config = make_config("run", checkpoint={"keep_last": 1, "every_steps": 16})
+    run = small_disk / "run"
+    directory = run / "checkpoints"
+    words = ["--config", config, "--run.dir", run]
     job = start("pipeline.train", *words, world_size=2)
     assert job.wait() == [2, 2], job.output()
     output = job.output()
     assert "step 40/40" in output, "the run did not go on"
-    warning = "warning: the checkpoint of step 32 could not be saved: "
-    assert output.count(warning) == 1
+    assert output.count("warning: the checkpoint of step 32 could not be saved: ") == 1
     assert re.search(r"error: the checkpoint of step 40 could not be saved: .*space", output)
     assert "Traceback" not in output
-    assert steps_of(small_disk) == [16]
-    assert checkpoint.verify(checkpoint.path_of(str(small_disk), 16)) == []
-    assert [path.name for path in small_disk.iterdir()] == ["step-00000016"]
+    assert steps_of(directory) == [16]
+    assert checkpoint.verify(checkpoint.path_of(str(directory), 16)) == []
+    assert [path.name for path in directory.iterdir()] == ["step-00000016"]
 
     stopped = start("pipeline.train", *words, "--checkpoint.on_error", "stop", world_size=2)
     assert stopped.wait() == [2, 2]
     assert "step 40/40" not in stopped.output()
-    assert steps_of(small_disk) == [16]
+    assert steps_of(directory) == [16]
 
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     start("pipeline.train", *words, world_size=1).succeed()
-    assert steps_of(small_disk)[-1] == 40
+    assert steps_of(directory)[-1] == 40
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line]
+    assert [row["step"] for row in rows if "split" not in row] == list(range(1, 41))
 
 
 def test_a_run_lives_in_a_bucket(

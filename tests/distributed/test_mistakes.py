@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import checkpoint
+
 
 @pytest.mark.parametrize(
     ("flags", "message"),
@@ -79,6 +81,36 @@ def test_a_file_that_one_rank_misses_is_named(
         hidden.rename(receipt)
     assert 0 not in statuses, job.output()
     assert f"pixloom train: error: {receipt}: No such file or directory" in job.output()
+
+
+@pytest.mark.parametrize("what", ["restore", "step"])
+def test_what_one_rank_alone_meets_is_said_by_it_and_ends_all(
+    what: str, start: Callable[..., Any], make_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = ["--config", make_config("run"), "--run.dir", tmp_path / "run", "--run.steps", 8]
+    if what == "restore":
+        start("tests.distributed.stop_at", 4, *words, world_size=1).succeed()
+    job = start("tests.distributed.disturbed", what, *words, world_size=2)
+    statuses = job.wait(60)
+    assert statuses[1] == 2, job.output()
+    assert statuses[0] != 0
+    said = "pixloom train: error: this rank alone is out of luck"
+    assert said in job.logs[1].read_text()
+    assert "Traceback" not in job.logs[1].read_text()
+    if what == "restore":
+        assert statuses[0] == 2
+        assert "Traceback" not in job.output()
+
+
+def test_a_signal_during_the_last_save_does_not_lose_it(
+    start: Callable[..., Any], make_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ["--config", make_config("run"), "--run.dir", run, "--run.steps", 8]
+    start("tests.distributed.disturbed", "signal", *words, world_size=2).succeed()
+    newest = checkpoint.committed(str(run / "checkpoints"))[-1]
+    assert checkpoint.step_of(newest) == 8
+    assert checkpoint.verify(newest) == []
 
 
 def test_two_jobs_do_not_share_a_folder(

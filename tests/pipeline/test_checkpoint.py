@@ -198,6 +198,16 @@ def test_a_good_checkpoint_of_the_same_step_is_not_written_again(tmp_path: Path)
     assert sorted((p.name, p.stat().st_mtime_ns) for p in first.iterdir()) != before
 
 
+def test_a_file_that_cannot_be_read_is_a_problem_not_a_traceback(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (path / checkpoint.STATE_NAME).unlink()
+    (path / checkpoint.STATE_NAME).mkdir()
+    assert checkpoint.verify(str(path)) == [f"{path}/state.json: Is a directory"]
+    (path / checkpoint.COMMIT_NAME).unlink()
+    (path / checkpoint.COMMIT_NAME).mkdir()
+    assert "COMMIT.json: Is a directory" in checkpoint.verify(str(path))[0]
+
+
 def test_files_can_be_read_by_whom_any_other_file_can(tmp_path: Path) -> None:
     modes = {path.name[:6]: path.stat().st_mode for path in saved(tmp_path).iterdir()}
     assert modes["tensor"] == modes["state."] == modes["COMMIT"]

@@ -17,28 +17,33 @@ from pipeline.config import Config, config_of
 from pipeline.ranks import Ranks
 from pipeline.runlog import RunLog
 from pipeline.state import TrainState
+from shards import storage
 from shards.storage import UserError
 
 
 class Parts:
     """A run of one linear layer, and what resuming it needs."""
 
-    def __init__(self, folder: Path) -> None:
-        sections = {"run": {"dir": str(folder), "steps": 9}, "data": {"url": "nowhere"}}
+    def __init__(self, folder: Path, url: str = "") -> None:
+        sections = {
+            "run": {"dir": str(folder), "steps": 9},
+            "data": {"url": "nowhere"},
+            "checkpoint": {"url": url},
+        }
         self.config: Config = config_of(sections, "test")
-        self.directory = str(folder / "checkpoints")
+        self.directory = resume.directory_of(self.config)
         self.model = nn.Linear(3, 2)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.log = RunLog(folder, Ranks())
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int) -> str:
         nn.init.constant_(self.model.weight, step)
         self.model(torch.ones(1, 3)).sum().backward()
         self.optimizer.step()
         tensors = checkpoint.tensors_of(self.model, self.optimizer)
         chunks = dcp.Stage().copy(dcp.owned(tensors, 0, 1))
         meta = Meta(TrainState(step=step), {}, "", {})
-        return Path(checkpoint.save(self.directory, chunks, meta, Ranks()))
+        return checkpoint.save(self.directory, chunks, meta, Ranks())
 
     def restore(self) -> TrainState:
         state, _ = resume.restore_newest(self.config, Ranks(), self.log, self.model, self.optimizer)
@@ -55,7 +60,7 @@ def test_every_flipped_byte_makes_resume_fall_back_and_say_so(
 ) -> None:
     parts.save(4)
     older = {name: t.clone() for name, t in parts.model.state_dict().items()}
-    newest = parts.save(6)
+    newest = Path(parts.save(6))
     flips = 0
     for file in sorted(newest.iterdir()):
         body = file.read_bytes()
@@ -76,11 +81,52 @@ def test_every_flipped_byte_makes_resume_fall_back_and_say_so(
 
 
 def test_nothing_that_verifies_is_an_error_and_nothing_is_touched(parts: Parts) -> None:
-    newest = parts.save(4)
+    newest = Path(parts.save(4))
     (newest / checkpoint.STATE_NAME).write_text("{}")
     with pytest.raises(UserError, match="none of its 1 checkpoints verifies; move them away"):
         parts.restore()
     assert newest.exists()
+
+
+@pytest.mark.parametrize("store", ["seaweedfs", "moto", "fake_gcs", "azurite"])
+def test_in_a_bucket_of_any_kind(
+    store: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Saved, pruned, found, damaged and passed over, restored, without a trace on this disk."""
+    server = request.getfixturevalue(store)
+    url = f"{server.url}/runs/mine"
+    parts = Parts(tmp_path, url)
+    for step in (2, 4, 6):
+        parts.save(step)
+    expected = {name: t.clone() for name, t in parts.model.state_dict().items()}
+    checkpoint.prune(url, step=6, keep_last=2)
+    assert [checkpoint.step_of(found) for found in checkpoint.committed(url)] == [4, 6]
+    nn.init.zeros_(parts.model.weight)
+    assert parts.restore().step == 6
+    assert all(torch.equal(t, expected[n]) for n, t in parts.model.state_dict().items())
+
+    name = next(n for n in storage.list_files(url) if n.startswith("step-00000006/tensors-"))
+    damaged = bytearray(storage.read_bytes(f"{url}/{name}"))
+    damaged[-1] ^= 1
+    (tmp_path / "damaged").write_bytes(damaged)
+    storage.publish(tmp_path / "damaged", f"{url}/{name}")
+    assert parts.restore().step == 4
+    assert "step-00000006 does not verify" in capsys.readouterr().err
+    (tmp_path / "config.toml").write_text(f'[checkpoint]\nurl = "{url}"\n')
+    assert checkpoint.main(["verify", str(tmp_path)]) == 1
+    assert "sha256 differs" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["config.toml"]
+
+    monkeypatch.setenv("PIXLOOM_STORAGE_DEADLINE_S", "2")
+    for variable, value in server.environment.items():  # nobody is there
+        monkeypatch.setenv(variable, value.replace(server.endpoint, "http://127.0.0.1:9"))
+    with pytest.raises(UserError, match=r"runs/mine"):
+        parts.restore()
+    assert checkpoint.main(["verify", str(tmp_path)]) == 2, "unreachable is not damaged"
 
 
 class Canary:
@@ -137,7 +183,7 @@ def test_no_pickle_in_a_checkpoint_is_ever_executed(
     for number, name in enumerate(names):
         for committed in (False, True):
             run = Parts(tmp_path / f"{number}-{committed}")
-            folder = run.save(4)
+            folder = Path(run.save(4))
             tensors = next(folder.glob("tensors-*"))
             if name == "tensor's bytes":
                 values = torch.frombuffer(bytearray(body), dtype=torch.uint8)
