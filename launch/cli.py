@@ -18,7 +18,7 @@ VERBS = {
     "predict": ("pipeline.predict", "code or reconstructions of images, by a run or an export"),
     "order": ("pipeline.order", "the sample keys of one step"),
     "report": ("pipeline.report", "draw a run: curves, and samples beside predictions"),
-    "checkpoint": ("pipeline.checkpoint", "list or verify the checkpoints of a run"),
+    "checkpoint": ("pipeline.checkpoint", "list, verify or export the checkpoints of a run"),
 }
 
 

@@ -44,6 +44,7 @@ from shards.storage import StorageError, UserError
 CHECKPOINT_VERSION = 2
 COMMIT_NAME = "COMMIT.json"
 STATE_NAME = "state.json"
+_FOLDER = r"step-\d{8,}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Meta:
             if body["version"] != CHECKPOINT_VERSION:
                 raise UserError(
                     f"{url}: checkpoint version {body['version']}, "
-                    f"this pixloom reads {CHECKPOINT_VERSION}"
+                    f"this pixloom reads {CHECKPOINT_VERSION}; go on with the one that saved it, "
+                    "or choose another run.dir"
                 )
             return cls(
                 state=TrainState(**body["state"]),
@@ -83,8 +85,11 @@ class Meta:
 def directory_of(run: Path) -> str:
     """Where a run's checkpoints lie, as its config.toml says."""
     config = run / CONFIG_NAME
-    url = read_toml(str(config)).get("checkpoint", {}).get("url") if config.is_file() else None
-    return directory_in(run, url or "")
+    section = read_toml(str(config)).get("checkpoint", {}) if config.is_file() else {}
+    url = section.get("url", "") if isinstance(section, dict) else None
+    if not isinstance(url, str):
+        raise UserError(f"{config}: checkpoint.url must be text")
+    return directory_in(run, url)
 
 
 def directory_in(run: Path, url: str) -> str:
@@ -102,7 +107,7 @@ def path_of(directory: str, step: int) -> str:
 
 
 def step_of(checkpoint: str) -> int:
-    return int(checkpoint.rpartition("/")[2].removeprefix("step-"))
+    return int(name_of(checkpoint).removeprefix("step-"))
 
 
 def name_of(checkpoint: str) -> str:
@@ -159,7 +164,7 @@ def opened(checkpoint: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="pixloom-") as folder:
         problems = fetch(checkpoint, Path(folder))
         if problems:
-            raise UserError(problems[0])
+            raise UserError(f"{problems[0]}; choose another one with --checkpoint")
         yield Path(folder)
 
 
@@ -249,9 +254,12 @@ def save(
 
 def choose(run: Path, which: str) -> str:
     """`best`, `last`, or a step's number. Raises `UserError` when there is no such."""
-    found = committed(directory_of(run))
+    directory = directory_of(run)
+    found = committed(directory)
     if not found:
-        raise UserError(f"{run}: no committed checkpoint; train first, or name another run folder")
+        raise UserError(
+            f"{directory}: no committed checkpoint; train first, or name another run folder"
+        )
     if which == "last":
         chosen = found[-1]
     elif which == "best":
@@ -385,7 +393,7 @@ def _folders(directory: str) -> dict[str, bool]:
             names += [path.name for path in storage.local_path(directory).iterdir()]  # empty ones
     for name in names:
         folder, _, file = name.partition("/")
-        if re.fullmatch(r"step-\d{8,}", folder):
+        if re.fullmatch(_FOLDER, folder):
             found[folder] = found.get(folder, False) or file == COMMIT_NAME
     return {storage.join(directory, folder): found[folder] for folder in sorted(found, key=step_of)}
 
@@ -423,6 +431,8 @@ def _is_there(checkpoint: str, meta: Meta) -> bool:
 
 def _committed_files(checkpoint: str) -> dict[str, str]:
     """The files that COMMIT.json names, with their SHA-256. Raises `UserError`."""
+    if not re.fullmatch(_FOLDER, name_of(checkpoint)):
+        raise UserError(f"{checkpoint}: no checkpoint; one is RUN/checkpoints/step-00001200, say")
     body = _read_commit(checkpoint)
     if body["step"] != step_of(checkpoint):
         raise UserError(f"{checkpoint}: holds the commit of step {body['step']}")
@@ -497,12 +507,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipeline.export import add_export_arguments, run_export
 
     parser = argparse.ArgumentParser(
-        prog="pixloom checkpoint", description="List, verify or export the checkpoints of a run."
+        prog="pixloom checkpoint",
+        description="List, verify or export the checkpoints of a run.",
+        epilog="Each action has --help, and --json for one JSON object on stdout's last line.",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     helps = {
         "ls": "the checkpoints, newest last",
-        "verify": "hash every file of every checkpoint",
+        "verify": "hash every file of every committed checkpoint",
     }
     for name, text in helps.items():
         action = actions.add_parser(name, help=text, description=text)
@@ -522,7 +534,7 @@ def _list(arguments: argparse.Namespace) -> int:
     directory = directory_of(arguments.run)
     found = _folders(directory)
     if not any(found.values()):
-        raise UserError(f"{arguments.run}: no committed checkpoint")
+        raise UserError(f"{directory}: no committed checkpoint; is {arguments.run} a run's folder?")
     sizes = storage.list_files(directory)
     rows: list[dict[str, Any]] = []
     for checkpoint, is_committed in found.items():

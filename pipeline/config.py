@@ -153,7 +153,7 @@ class CheckpointConfig:
     url: str = ""
     """folder or bucket (s3://...) seen by all nodes; default: `checkpoints` in run.dir"""
     on_error: Literal["warn", "stop"] = "warn"
-    """a checkpoint that cannot be saved: go on training, or stop; the last one always stops"""
+    """a checkpoint that cannot be saved: go on training, or stop the run"""
 
     def __post_init__(self) -> None:
         _at_least("checkpoint.every_steps", self.every_steps, 0)

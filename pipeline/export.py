@@ -43,7 +43,7 @@ CONFIG_NAME = "config.json"
 MODEL_NAME = "model.safetensors"
 
 # They say where things lie, and how a run was started; what they say means nothing elsewhere.
-_LEFT_OUT = frozenset({"run.dir", "run.resume", "run.init", "data.url"})
+_LEFT_OUT = frozenset({"run.dir", "run.resume", "run.init", "data.url", "checkpoint.url"})
 
 
 @dataclass(frozen=True)
@@ -270,12 +270,16 @@ def _metrics_at(run: Path, config: Config, state: TrainState) -> dict[str, float
     if state.best_step == state.step and state.best_metric is not None:
         found = {config.validate.metric or build_task(config.model).metric: state.best_metric}
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
                 continue  # a line that a kill cut short
-            if row.get("split") == "val" and row.get("step") == state.step:
+            if (
+                isinstance(row, dict)
+                and row.get("split") == "val"
+                and row.get("step") == state.step
+            ):
                 found = row
     return {
         name: value

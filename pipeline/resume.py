@@ -44,9 +44,16 @@ def check_resumable(config: Config, manifest: Manifest) -> None:
             f"{directory}: has checkpoints, and run.resume = never; choose another run.dir, "
             "or run.resume = auto to go on"
         )
-    if not found and config.run.resume not in ("auto", "never"):
-        found = [config.run.resume]
-        problems = checkpoint.verify(found[0])
+    named = _named(config)
+    before = checkpoint.directory_of(run)
+    if not found and not named and before != directory and checkpoint.committed(before):
+        raise UserError(
+            f"{run}: its checkpoints are in {before}, and checkpoint.url is now {directory}, which "
+            "has none; set it back, copy them there, or choose another run.dir"
+        )
+    if not found and named:
+        found = [named]
+        problems = checkpoint.verify(named)
         if problems:
             raise UserError(f"run.resume: {problems[0]}")
     intact = [path for path in found if not checkpoint.verify(path, [checkpoint.STATE_NAME])]
@@ -73,12 +80,17 @@ def directory_of(config: Config) -> str:
     return checkpoint.directory_in(Path(config.run.dir), config.checkpoint.url)
 
 
+def _named(config: Config) -> str:
+    """The checkpoint that run.resume names, or nothing."""
+    return "" if config.run.resume in ("auto", "never") else config.run.resume.rstrip("/")
+
+
 def is_new(config: Config, ranks: Ranks) -> bool:
     """Whether `restore_newest` will find nothing to go on from."""
     with together(ranks):
         found = checkpoint.committed(directory_of(config)) if ranks.is_main else []
     (num_found,) = ranks.sum_int(len(found))
-    return not num_found and config.run.resume in ("auto", "never")
+    return not num_found and not _named(config)
 
 
 def restore_newest(
@@ -104,7 +116,7 @@ def restore_newest(
     with together(ranks):
         candidates = checkpoint.committed(directory)[::-1] if ranks.is_main else []
     (num_found,) = ranks.sum_int(len(candidates))
-    named = config.run.resume if config.run.resume not in ("auto", "never") else ""
+    named = _named(config)
     if not num_found and not named:
         return TrainState(), set()
     damaged: set[int] = set()
@@ -169,16 +181,17 @@ def _verified(candidate: str, run: Path, ranks: Ranks, log: RunLog) -> Iterator[
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def lock_run(folder: Path, ranks: Ranks, log: RunLog) -> int | None:
-    """Makes this job the folder's only one, until its first process ends; returns the lock.
+def lock_run(config: Config, ranks: Ranks, log: RunLog) -> int | None:
+    """Makes this job the run folder's only one, until its first process ends; returns the lock.
 
     A POSIX record lock: gone with the process, however it ends, and not handed on to loader
     workers that outlive it. Waits a while for a job that is being killed, and removes what such a
     one left unfinished.
 
     Raises:
-        UserError: another job trains in this folder.
+        UserError: another job trains in this folder, or checkpoints cannot be written.
     """
+    folder, directory = Path(config.run.dir), directory_of(config)
     descriptor = None
     held = 0
     with together(ranks):
@@ -197,6 +210,11 @@ def lock_run(folder: Path, ranks: Ranks, log: RunLog) -> int | None:
                 f"{folder}: another job trains in this folder; end it, or choose another"
             )
     clear_scratch(folder)
+    with together(ranks):
+        if ranks.is_main:  # better now than after the first hours
+            probe = storage.join(directory, f"probe{storage.SCRATCH_NAME}")
+            storage.publish_text("", probe)
+            storage.remove(probe)
     return descriptor
 
 

@@ -30,12 +30,15 @@ class RunLog:
         self._since_s = time.perf_counter()
         if not self.ranks.is_main:
             return
+        path = self.path.with_name(CONFIG_NAME)
         try:
-            storage.publish_text(to_toml(config), str(self.path.with_name(CONFIG_NAME)))
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-            kept = [line for line in lines if _step_of(line) <= step]
+            storage.publish_text(to_toml(config), str(path))
+            text = self.path.read_text("utf-8", errors="replace") if self.path.exists() else ""
+            kept = [line for line in text.splitlines() if _step_of(line) <= step]
             storage.publish_text("".join(line + "\n" for line in kept), str(self.path))
         except (UserError, OSError) as error:
+            if not path.exists():
+                raise
             self.warn(f"the run's log could not be brought up to date: {error}")
 
     def say(self, line: str) -> None:

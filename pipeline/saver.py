@@ -4,6 +4,7 @@ One thread a rank writes, over a process group of its own, and one save at a tim
 comes before the last one is done waits for it, and says so.
 """
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -103,6 +104,9 @@ class Saver:
     ) -> None:
         if kind is None or issubclass(kind, UserError | FormatError | SystemExit):
             self._wait()
+            with contextlib.suppress(OSError):  # other ranks may still be at it
+                for folder in self._scratch.parents[:2]:
+                    folder.rmdir()
 
     def _wait(self) -> None:
         if self._thread is not None:

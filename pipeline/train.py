@@ -91,11 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config, *, as_json: bool = False) -> int:
     """One run from its configuration; returns the exit status."""
-    run = setup(config)
-    with build.ending(run.accelerator), run.stop.listening(), run.saver:
-        stopped = fit(run)
-        with said_once():
-            run.saver.finish()
+    stop = StopRequest(config.run.max_time_s)
+    with stop.listening():
+        run = setup(config, stop)
+        with build.ending(run.accelerator), run.saver:
+            stopped = fit(run)
+            with said_once():
+                run.saver.finish()
     if stopped:
         run.log.say(f"stopped after step {run.state.step}, saved; start again to go on")
     if run.ranks.is_main and as_json:
@@ -103,7 +105,7 @@ def train(config: Config, *, as_json: bool = False) -> int:
     return EXIT_REQUEUE if stopped else 0
 
 
-def setup(config: Config) -> Run:
+def setup(config: Config, stop: StopRequest) -> Run:
     """Everything a step needs, from the newest checkpoint that verifies or from scratch.
 
     What the user can have got wrong is checked before a process group exists: an error on one
@@ -123,7 +125,7 @@ def setup(config: Config) -> Run:
     accelerator = build.new_accelerator(config)
     ranks, saver_ranks = Ranks.of_run(), Ranks.of_run(GROUP_TIMEOUT)
     log = RunLog(Path(config.run.dir), ranks)
-    lock = resume.lock_run(Path(config.run.dir), ranks, log)
+    lock = resume.lock_run(config, ranks, log)
     if config.run.init and resume.is_new(config, ranks):
         with said_once():
             log.say(warm_start(model, config.run.init).line)
@@ -133,7 +135,6 @@ def setup(config: Config) -> Run:
     state, damaged = resume.restore_newest(config, ranks, log, model, optimizer)
     if accelerator.scaler is not None and state.loss_scale:
         accelerator.scaler.load_state_dict(state.loss_scale)
-    stop = StopRequest(config.run.max_time_s)
     saver = Saver(resume.directory_of(config), config, saver_ranks, log, stop, damaged)
     total_steps = config.run.steps or config.run.epochs * order.steps_per_epoch
     run = Run(

@@ -542,14 +542,20 @@ class _Azure(_Store):
     def open(cls, url: str, limits: Limits) -> "_Azure":
         from adlfs import AzureBlobFileSystem
 
-        fs = AzureBlobFileSystem(
-            **AzureBlobFileSystem._get_kwargs_from_urls(url),
-            skip_instance_cache=True,
-            use_listings_cache=False,
-            max_concurrency=PARALLEL_PARTS,
-            connection_timeout=limits.connect_s,
-            read_timeout=limits.read_s,
-        )
+        try:
+            fs = AzureBlobFileSystem(
+                **AzureBlobFileSystem._get_kwargs_from_urls(url),
+                skip_instance_cache=True,
+                use_listings_cache=False,
+                max_concurrency=PARALLEL_PARTS,
+                connection_timeout=limits.connect_s,
+                read_timeout=limits.read_s,
+            )
+        except ValueError as error:
+            raise UserError(
+                "no account: write abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/..., or set "
+                "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and a credential"
+            ) from error
         return cls(fs, limits)
 
     async def list_sizes(self, path: str) -> dict[str, int]:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -36,6 +37,8 @@ def local_path(url: str) -> Path:
     """The path behind a plain path or a `file://` URL. Raises `UserError` for other protocols."""
     protocol, separator, rest = url.partition("://")
     if not separator:
+        if re.match(r"[a-z][a-z0-9]+:/", url):  # also what `Path` makes of a URL
+            raise UserError(f"{redact(url)}: a local path is needed here, or a URL with ://")
         return Path(url)
     if is_remote(url):
         raise UserError(

@@ -14,7 +14,7 @@ from shards import storage
 def main() -> int:
     parser = argparse.ArgumentParser()
     add_config_flags(parser)
-    run = train.setup(config_from(parse_flags(parser, sys.argv[1:])))
+    run = train.setup(config_from(parse_flags(parser, sys.argv[1:])), train.StopRequest(0))
     with run.saver:
         train.save(run)
         run.saver.finish()

@@ -58,7 +58,10 @@ def test_a_folder_without_manifest(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--batch.micro_size", 3], "batch.micro_size = 3 does not divide batch.global_size = 4"),
         (["--data.lanes", 3], "data.lanes = 3 does not divide"),
         (["--optim.lrr", 1], "did you mean --optim.lr?"),
-        (["--run.resume", "/nowhere"], "/nowhere/COMMIT.json: No such file"),
+        (
+            ["--run.resume", "/nowhere"],
+            "/nowhere: no checkpoint; one is RUN/checkpoints/step-00001200",
+        ),
         (["--validate.metric", "exactmatch"], "validate.metric = exactmatch: choose one of loss, "),
         (["--model.max_tokens", 9], "model.max_tokens = 9 would cut them short"),
     ],
@@ -242,6 +245,37 @@ def test_resume_from_a_path_begins_there_and_then_goes_on_by_itself(
     for found in ("step-00000002", "step-00000003"):
         assert run(tmp_path / "branch", screens, "--run.resume", first) == 0
         assert f"resumed from {found}" in capsys.readouterr().err
+
+
+def test_a_trailing_slash_is_no_other_checkpoint(
+    trained: Path, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = checkpoint.committed(str(trained / "checkpoints"))[0]
+    assert run(tmp_path / "branch", screens, "--run.resume", f"{first}/") == 0
+    assert "resumed from step-00000002" in capsys.readouterr().err
+
+
+def test_checkpoints_elsewhere_are_not_forgotten(
+    trained: Path, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another checkpoint.url would begin anew, and cut the log down to nothing."""
+    log = (trained / "metrics.jsonl").read_text()
+    other = tmp_path / "other"
+    assert run(trained, screens, "--checkpoint.url", other) == 2
+    assert f"its checkpoints are in {trained / 'checkpoints'}, and" in capsys.readouterr().err
+    assert (trained / "metrics.jsonl").read_text() == log
+    shutil.copytree(trained / "checkpoints", other)
+    assert run(trained, screens, "--checkpoint.url", other) == 0
+    assert "resumed from step-00000003" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_noticed_before_the_first_step(
+    cpu: None, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "run", screens, "--checkpoint.url", "/proc/nope") == 2
+    err = capsys.readouterr().err
+    assert "/proc/nope" in err
+    assert "step 1" not in err
 
 
 def test_damage_in_the_validation_split_does_not_lose_what_was_trained(
