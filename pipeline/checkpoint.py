@@ -473,7 +473,9 @@ def _check(checkpoint: str, name: str, sha256: str, scratch: Path) -> list[str]:
         if storage.is_remote(url):
             storage.fetch(url, path)
         with storage.explained(str(path)):
-            return [] if _sha256(path) == sha256 else [f"{url}: sha256 differs from {COMMIT_NAME}"]
+            return (
+                [] if sha256_of(path) == sha256 else [f"{url}: sha256 differs from {COMMIT_NAME}"]
+            )
     except StorageError as error:
         return _as_problem(checkpoint, error)
 
@@ -493,10 +495,11 @@ def _tensor_files(folder: Path) -> list[Path]:
 def _make(name: str, path: Path, make: Callable[[Path], None]) -> WrittenFile:
     make(path)
     with storage.explained(str(path)):
-        return WrittenFile(name, path.stat().st_size, _sha256(path))
+        return WrittenFile(name, path.stat().st_size, sha256_of(path))
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a local file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -292,6 +292,12 @@ def config_of(sections: Mapping[str, Any], where: str) -> Config:
         raise UserError(f"{where}: {error}") from error
 
 
+def config_of_run(run: Path) -> Config:
+    """The configuration that a run's folder holds. Raises `UserError`."""
+    path = str(run / CONFIG_NAME)
+    return config_of(read_toml(path), path)
+
+
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Nested plain values: what `config_of` reads."""
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(dataclasses.asdict(config)))

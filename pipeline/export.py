@@ -28,7 +28,7 @@ from torch import nn
 
 from pipeline import __version__, checkpoint
 from pipeline.build import dtype_of, load_model
-from pipeline.config import Config, config_of, read_toml, to_dict
+from pipeline.config import Config, config_of, config_of_run, to_dict
 from pipeline.dcp import write_tensors
 from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.state import TrainState
@@ -109,8 +109,7 @@ def open_run(run: Path, which: str) -> TrainedRun:
     Raises:
         UserError: no such run or checkpoint; its dataset is not there, or another one.
     """
-    config_path = run / "config.toml"
-    config = config_of(read_toml(str(config_path)), str(config_path))
+    config = config_of_run(run)
     chosen = checkpoint.choose(run, which)
     meta = checkpoint.Meta.read(chosen)
     manifest = storage.load_manifest(config.data.url)
@@ -158,7 +157,10 @@ def write_export(run: Path, which: str, folder: Path, *, overwrite: bool = False
             (scratch / TOKENIZER_NAME).write_bytes(tokenizer_json.encode())
             files.append(TOKENIZER_NAME)
         body["files"] = {
-            name: {"sha256": _sha256(scratch / name), "bytes": (scratch / name).stat().st_size}
+            name: {
+                "sha256": checkpoint.sha256_of(scratch / name),
+                "bytes": (scratch / name).stat().st_size,
+            }
             for name in files
         }
         body["digest"] = _digest_of(body)
@@ -191,7 +193,7 @@ def read_export(folder: Path) -> Export:
         if body["digest"] != _digest_of(body):
             raise UserError(f"{path}: its own digest does not match; it was edited")
         for name in _files_of(body):
-            if _sha256(folder / name) != body["files"][name]["sha256"]:
+            if checkpoint.sha256_of(folder / name) != body["files"][name]["sha256"]:
                 raise UserError(f"{folder / name}: sha256 differs from {CONFIG_NAME}")
         settings = {
             "run": {"dir": "", "steps": 1},
@@ -327,11 +329,6 @@ def _files_of(body: Mapping[str, Any]) -> list[str]:
     if set(body["files"]) != needed:
         raise ValueError(f"files {sorted(body['files'])}, expected {sorted(needed)}")
     return sorted(needed)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest_of(body: Mapping[str, Any]) -> str:

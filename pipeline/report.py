@@ -24,7 +24,7 @@ from torch import Tensor
 from pipeline import checkpoint
 from pipeline.batch import Batch
 from pipeline.build import dtype_of, load_model, open_split
-from pipeline.config import config_of, read_toml
+from pipeline.config import config_of_run
 from pipeline.decode import greedy
 from pipeline.metrics import HIGHER_IS_BETTER
 from pipeline.models import Autoencoder, Seq2Seq
@@ -40,8 +40,7 @@ _TEXT_LINES = 46
 
 def draw(run: Path, split: str, which: str, out: Path) -> None:
     """Writes the picture to `out` (PNG). Raises `UserError` when the run has no checkpoint."""
-    config_path = run / "config.toml"
-    config = config_of(read_toml(str(config_path)), str(config_path))
+    config = config_of_run(run)
     manifest = storage.load_manifest(config.data.url)
     chosen = checkpoint.choose(run, which)
     model = load_model(config, manifest, chosen).eval()

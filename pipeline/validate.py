@@ -20,7 +20,7 @@ from torch import nn
 
 from pipeline import checkpoint
 from pipeline.build import dtype_of, load_model, new_accelerator, open_split
-from pipeline.config import config_of, read_toml
+from pipeline.config import config_of_run
 from pipeline.metrics import merge
 from pipeline.order import validation_batches
 from pipeline.ranks import Ranks, said_once
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _validate(arguments: argparse.Namespace) -> int:
     run: Path = arguments.run
     with said_once():
-        config = config_of(read_toml(str(run / "config.toml")), str(run / "config.toml"))
+        config = config_of_run(run)
         chosen = checkpoint.choose(run, arguments.checkpoint)
         trained_on = storage.load_manifest(config.data.url)
         root = arguments.url or config.data.url

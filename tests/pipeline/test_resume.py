@@ -157,7 +157,7 @@ def recommit(folder: Path) -> None:
     body.pop("digest")
     for path in folder.iterdir():
         if path != commit:
-            sha256 = checkpoint._sha256(path)
+            sha256 = checkpoint.sha256_of(path)
             body["files"][path.name] = {"sha256": sha256, "bytes": path.stat().st_size}
     commit.write_text(checkpoint._commit_text(body))
 
