@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from pipeline import dcp
 from pipeline.config import CONFIG_NAME, read_toml
 from pipeline.dcp import Chunk, WrittenFile
+from pipeline.optim import state_to_come
 from pipeline.ranks import Ranks
 from pipeline.state import TrainState
 from shards import storage
@@ -322,12 +323,21 @@ def remove(checkpoint: str) -> None:
     storage.remove_tree(checkpoint)
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def tensors_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, to_come: bool = False
+) -> dict[str, Tensor]:
     """`model/NAME` and `optimizer/PARAMETER/NAME`. Hyperparameters are not state: they follow
-    from the configuration and the step."""
+    from the configuration and the step.
+
+    With `to_come`, an optimizer that has made no step yet counts as if it had; of what it will
+    keep the shapes are right, not the values.
+    """
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        for entry, value in optimizer.state.get(parameter, {}).items():
+        state = optimizer.state.get(parameter, {})
+        if to_come:
+            state = state or state_to_come(optimizer, parameter)
+        for entry, value in state.items():
             tensors[f"optimizer/{name}/{entry}"] = value
     return tensors
 

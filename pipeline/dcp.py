@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,24 +123,35 @@ class Stage:
     """Host memory for what a rank owns, kept from one save to the next; pinned next to a GPU."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, chunks: Collection[Chunk]) -> None:
+        """Makes room for such chunks now: the first use of new memory takes longer than a copy."""
+        num_bytes = sum(_room(chunk) for chunk in chunks)
+        pinned = any(chunk.tensor.is_cuda for chunk in chunks)
+        if num_bytes > len(self._memory) or pinned != self._memory.is_pinned():
+            self._memory = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pinned)
 
     def copy(self, chunks: Mapping[str, Chunk]) -> dict[str, Chunk]:
         """The chunks as they are now: what happens to the originals afterwards changes nothing."""
-        on_device = False
+        self.reserve(chunks.values())
         staged = {}
+        at = 0
         for name, chunk in chunks.items():
-            buffer = self._buffers.get(name)
             source = chunk.tensor.detach()
-            if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
-                buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-                self._buffers[name] = buffer
+            memory = self._memory[at : at + source.nbytes]
+            buffer = memory.view(source.dtype).view(source.shape)
             buffer.copy_(source, non_blocking=True)
-            on_device |= source.is_cuda
             staged[name] = Chunk(buffer, chunk.size, chunk.offsets)
-        if on_device:
+            at += _room(chunk)
+        if self._memory.is_pinned():
             torch.cuda.current_stream().synchronize()
         return staged
+
+
+def _room(chunk: Chunk) -> int:
+    """Bytes of a chunk in a `Stage`, which begins each at a multiple of a cache line."""
+    return -(-chunk.tensor.nbytes // 64) * 64
 
 
 def save(

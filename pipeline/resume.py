@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,51 +26,73 @@ from shards.storage import UserError
 _LOCK_WAIT_S = 5.0
 
 
-def check_resumable(config: Config, manifest: Manifest) -> None:
-    """Refuses to go on with a run whose configuration or dataset is another one.
+def find(config: Config, manifest: Manifest, ranks: Ranks) -> list[str]:
+    """The checkpoints that the run may go on from, newest first: those of the run, or the one
+    that run.resume names for a run without any. None when it begins.
+
+    Rank 0 alone looks, and all take its word: in a bucket another rank may be shown other ones.
 
     Raises:
-        UserError: says what differs.
+        UserError: the run may not go on, and what to do about it; or checkpoints cannot be
+            written.
     """
-    run = Path(config.run.dir)
-    with storage.explained(str(run)):
-        run.mkdir(parents=True, exist_ok=True)
-    if not os.access(run, os.W_OK):
-        raise UserError(f"{run}: cannot be written to; choose another run.dir")
+    with together(ranks):
+        found = _allowed(config, manifest) if ranks.is_main else []
+    named = _named(config)
+    num_found, is_named = ranks.sum_int(len(found), int(found == [named]))
+    if is_named or not num_found:
+        return [named] if is_named else []
+    steps = [checkpoint.step_of(path) for path in found] or [0] * num_found
     directory = directory_of(config)
-    found = checkpoint.committed(directory)
+    return [checkpoint.path_of(directory, step) for step in ranks.sum_int(*steps)]
+
+
+def _allowed(config: Config, manifest: Manifest) -> list[str]:
+    """As `find`, of one process. Refuses another configuration or dataset."""
+    directory = directory_of(config)
+    found = checkpoint.committed(directory)[::-1]
     if config.run.resume == "never" and found:
         raise UserError(
             f"{directory}: has checkpoints, and run.resume = never; choose another run.dir, "
             "or run.resume = auto to go on"
         )
     named = _named(config)
-    before = checkpoint.directory_of(run)
+    before = checkpoint.directory_of(Path(config.run.dir))
     if not found and not named and before != directory and checkpoint.committed(before):
         raise UserError(
-            f"{run}: its checkpoints are in {before}, and checkpoint.url is now {directory}, which "
-            "has none; set it back, copy them there, or choose another run.dir"
+            f"{config.run.dir}: its checkpoints are in {before}, and checkpoint.url is now "
+            f"{directory}, which has none; set it back, copy them there, or choose another run.dir"
         )
     if not found and named:
         found = [named]
         problems = checkpoint.verify(named)
         if problems:
             raise UserError(f"run.resume: {problems[0]}")
-    intact = [path for path in found if not checkpoint.verify(path, [checkpoint.STATE_NAME])]
-    if not intact:
-        return
-    meta = checkpoint.Meta.read(intact[-1])
+    intact = (path for path in found if not checkpoint.verify(path, [checkpoint.STATE_NAME]))
+    newest = next(intact, None)
+    if newest is not None:
+        _check_same(config, manifest, newest)
+    # Better now than after the first hours.
+    probe = storage.join(directory, f"probe{storage.SCRATCH_NAME}")
+    storage.publish_text("", probe)
+    storage.remove(probe)
+    return found
+
+
+def _check_same(config: Config, manifest: Manifest, newest: str) -> None:
+    """Raises `UserError` when the checkpoint is of another configuration or dataset."""
+    meta = checkpoint.Meta.read(newest)
     # Through `config_of`, so that keys younger than the checkpoint have their default.
-    saved = to_dict(config_of(meta.config, intact[-1]))
+    saved = to_dict(config_of(meta.config, newest))
     changed = differences(saved, to_dict(config))
     if changed:
         raise UserError(
-            f"{intact[-1]}: was saved under another configuration ({'; '.join(changed)}); "
+            f"{newest}: was saved under another configuration ({'; '.join(changed)}); "
             "set these back, or choose another run.dir"
         )
     if meta.data_digest != manifest.data_digest:
         raise UserError(
-            f"{intact[-1]}: was trained on another dataset (digest {meta.data_digest[:12]}, "
+            f"{newest}: was trained on another dataset (digest {meta.data_digest[:12]}, "
             f"{config.data.url} has {manifest.data_digest[:12]}); choose another run.dir"
         )
 
@@ -85,15 +107,8 @@ def _named(config: Config) -> str:
     return "" if config.run.resume in ("auto", "never") else config.run.resume.rstrip("/")
 
 
-def is_new(config: Config, ranks: Ranks) -> bool:
-    """Whether `restore_newest` will find nothing to go on from."""
-    with together(ranks):
-        found = checkpoint.committed(directory_of(config)) if ranks.is_main else []
-    (num_found,) = ranks.sum_int(len(found))
-    return not num_found and not _named(config)
-
-
 def restore_newest(
+    found: Sequence[str],
     config: Config,
     ranks: Ranks,
     log: RunLog,
@@ -102,9 +117,8 @@ def restore_newest(
 ) -> tuple[TrainState, set[int]]:
     """Puts model and optimizer where the run goes on from.
 
-    1. the newest checkpoint of the run that verifies: others are passed over aloud;
-    2. the one that run.resume names, for a run without any;
-    3. none: a new state, and everything as it is.
+    That is the first of `found` that verifies: others are passed over aloud. Without any, a new
+    state, and everything as it is.
 
     Returns:
         The state of the run, and the steps of the checkpoints that were passed over.
@@ -112,18 +126,8 @@ def restore_newest(
     Raises:
         UserError: there are checkpoints, and none verifies; or a bucket does not answer.
     """
-    directory = directory_of(config)
-    with together(ranks):
-        candidates = checkpoint.committed(directory)[::-1] if ranks.is_main else []
-    (num_found,) = ranks.sum_int(len(candidates))
-    named = _named(config)
-    if not num_found and not named:
-        return TrainState(), set()
     damaged: set[int] = set()
-    for place in range(num_found or 1):
-        # Rank 0's listing counts: in a bucket another rank may be shown another one.
-        (step,) = ranks.sum_int(checkpoint.step_of(candidates[place]) if candidates else 0)
-        candidate = checkpoint.path_of(directory, step) if num_found else named
+    for candidate in found:
         with _verified(candidate, Path(config.run.dir), ranks, log) as folder:
             if folder is not None:
                 with together(ranks):
@@ -131,11 +135,13 @@ def restore_newest(
                     checkpoint.restore(folder, model, optimizer)
                 log.say(f"resumed from {checkpoint.name_of(candidate)}")
                 return state, damaged
-        damaged.add(step)
+        damaged.add(checkpoint.step_of(candidate))
+    if not found:
+        return TrainState(), damaged
     with said_once():
         raise UserError(
-            f"{directory if num_found else named}: none of its {num_found or 1} checkpoints "
-            "verifies; move them away to start from scratch"
+            f"{found[0].rpartition('/')[0]}: none of its {len(found)} checkpoints verifies; "
+            "move them away to start from scratch"
         )
 
 
@@ -189,12 +195,16 @@ def lock_run(config: Config, ranks: Ranks, log: RunLog) -> int | None:
     one left unfinished.
 
     Raises:
-        UserError: another job trains in this folder, or checkpoints cannot be written.
+        UserError: another job trains in this folder, or it cannot be written.
     """
-    folder, directory = Path(config.run.dir), directory_of(config)
+    folder = Path(config.run.dir)
     descriptor = None
     held = 0
     with together(ranks):
+        with storage.explained(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"{folder}: cannot be written to; choose another run.dir")
         if ranks.is_main:
             path = folder / ".lock"
             with storage.explained(str(path)):
@@ -210,11 +220,6 @@ def lock_run(config: Config, ranks: Ranks, log: RunLog) -> int | None:
                 f"{folder}: another job trains in this folder; end it, or choose another"
             )
     clear_scratch(folder)
-    with together(ranks):
-        if ranks.is_main:  # better now than after the first hours
-            probe = storage.join(directory, f"probe{storage.SCRATCH_NAME}")
-            storage.publish_text("", probe)
-            storage.remove(probe)
     return descriptor
 
 

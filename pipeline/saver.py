@@ -40,25 +40,27 @@ class Saver:
     what is no `UserError`, other ranks may never answer, and it waits for nothing.
 
     Args:
-        directory: where checkpoints go.
         ranks: over a process group that nobody else uses.
         stop: asked to stop the run when a save fails and checkpoint.on_error is `stop`.
         damaged: steps whose checkpoints do not verify; they count for nothing when pruning.
+        tensors: of the shapes that it will save; memory for them is made ready.
     """
 
     def __init__(
         self,
-        directory: str,
         config: Config,
         ranks: Ranks,
         log: RunLog,
         stop: StopRequest,
         damaged: set[int],
+        tensors: Mapping[str, Tensor],
     ) -> None:
-        self.directory, self.ranks, self.log, self.stop = directory, ranks, log, stop
+        self.ranks, self.log, self.stop = ranks, log, stop
+        self.directory = checkpoint.directory_in(Path(config.run.dir), config.checkpoint.url)
         self.config, self.damaged = config.checkpoint, damaged
         self._scratch = scratch_of(Path(config.run.dir)) / f"rank-{ranks.rank}"
         self._stage = dcp.Stage()
+        self._stage.reserve(self._owned(tensors).values())
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -76,7 +78,7 @@ class Saver:
                 f"the checkpoint of step {meta.state.step} waited {waited_s:.1f} s for the one "
                 "before it; raise checkpoint.every_steps, or save to a faster place"
             )
-        chunks = self._stage.copy(dcp.owned(tensors, self.ranks.rank, self.ranks.world_size))
+        chunks = self._stage.copy(self._owned(tensors))
         # `state` goes on changing.
         meta = dataclasses.replace(meta, state=dataclasses.replace(meta.state))
         # A daemon: a thread that waits for a rank that is gone does not keep the process.
@@ -107,6 +109,9 @@ class Saver:
             with contextlib.suppress(OSError):  # other ranks may still be at it
                 for folder in self._scratch.parents[:2]:
                     folder.rmdir()
+
+    def _owned(self, tensors: Mapping[str, Tensor]) -> dict[str, dcp.Chunk]:
+        return dcp.owned(tensors, self.ranks.rank, self.ranks.world_size)
 
     def _wait(self) -> None:
         if self._thread is not None:

@@ -108,8 +108,8 @@ def train(config: Config, *, as_json: bool = False) -> int:
 def setup(config: Config, stop: StopRequest) -> Run:
     """Everything a step needs, from the newest checkpoint that verifies or from scratch.
 
-    What the user can have got wrong is checked before a process group exists: an error on one
-    rank alone would leave the others waiting.
+    What the user can have got wrong is checked before a process group exists, or together: an
+    error on one rank alone would leave the others waiting.
     """
     with said_once():
         manifest = storage.load_manifest(config.data.url)
@@ -120,22 +120,23 @@ def setup(config: Config, stop: StopRequest) -> Run:
         task = build_task(config.model, build.dtype_of(config))
         build.check_metric(config, task)
         check_launcher(config.optim.precision)
-        resume.check_resumable(config, manifest)
 
     accelerator = build.new_accelerator(config)
     ranks, saver_ranks = Ranks.of_run(), Ranks.of_run(GROUP_TIMEOUT)
     log = RunLog(Path(config.run.dir), ranks)
     lock = resume.lock_run(config, ranks, log)
-    if config.run.init and resume.is_new(config, ranks):
+    found = resume.find(config, manifest, ranks)
+    if config.run.init and not found:
         with said_once():
             log.say(warm_start(model, config.run.init).line)
     parallel = share_model(model, accelerator)
     optimizer = build_optimizer(model, config.optim)
     wrapped, wrapped_optimizer = parallel.prepare(optimizer)
-    state, damaged = resume.restore_newest(config, ranks, log, model, optimizer)
+    state, damaged = resume.restore_newest(found, config, ranks, log, model, optimizer)
     if accelerator.scaler is not None and state.loss_scale:
         accelerator.scaler.load_state_dict(state.loss_scale)
-    saver = Saver(resume.directory_of(config), config, saver_ranks, log, stop, damaged)
+    room = checkpoint.tensors_of(model, optimizer, to_come=True)
+    saver = Saver(config, saver_ranks, log, stop, damaged, room)
     total_steps = config.run.steps or config.run.epochs * order.steps_per_epoch
     run = Run(
         config=config, data_digest=manifest.data_digest, order=order, total_steps=total_steps,
@@ -270,11 +271,9 @@ def save(run: Run) -> None:
     scaler = run.accelerator.scaler
     run.state.loss_scale = scaler.state_dict() if scaler is not None else {}
     meta = checkpoint.Meta(
-        state=run.state,
-        config=to_dict(run.config),
-        data_digest=run.data_digest,
+        state=run.state, config=to_dict(run.config), data_digest=run.data_digest,
         versions={"pixloom": __version__, "torch": str(torch.__version__)},
-    )
+    )  # fmt: skip
     run.saver.save(checkpoint.tensors_of(run.model, run.optimizer), meta)
 
 

@@ -41,7 +41,7 @@ PARALLEL_DELETES = 16
 MIN_BYTES_PER_S = 1 << 20
 """A transfer slower than this counts as stuck: bytes add to a request's time at this rate."""
 
-NUM_ATTEMPTS = 4
+NUM_ATTEMPTS = 6
 """Of one request. Where a connection breaks, aiohttp makes one more within each of them."""
 NUM_PUTS = 2
 """Of a whole file, each with `NUM_ATTEMPTS` of every request in it."""
@@ -211,14 +211,9 @@ class _Store:
 
         Raises `_MissingError`, or the last attempt's error.
         """
-        for pause in range(NUM_ATTEMPTS - 1):
-            try:
-                return await self._once(request, num_bytes)
-            except Exception as error:
-                if not _is_transient(error):
-                    raise
-            await asyncio.sleep(FIRST_PAUSE_S * 2**pause * random.uniform(0.5, 1))
-        return await self._once(request, num_bytes)
+        return await self._repeat(
+            lambda: self._once(request, num_bytes), NUM_ATTEMPTS, again=_is_transient
+        )
 
     async def _once(self, request: Callable[[], Awaitable[T]], num_bytes: int) -> T:
         try:
@@ -296,15 +291,23 @@ class _Store:
         # Whatever failed, and even if only a reply was lost: the file is whole and stays so.
         await self._repeat(put, NUM_PUTS)
 
-    async def _repeat(self, steps: Callable[[], Awaitable[None]], times: int) -> None:
-        for left in reversed(range(times)):
+    async def _repeat(
+        self,
+        steps: Callable[[], Awaitable[T]],
+        times: int,
+        again: Callable[[Exception], bool] = lambda error: (
+            isinstance(error, _IncompleteError) or _is_transient(error)
+        ),
+    ) -> T:
+        """What `steps` gives, which are done up to `times` times as long as `again` allows."""
+        for pause in range(times - 1):
             try:
-                await steps()
-                return
+                return await steps()
             except Exception as error:
-                if not left or not (isinstance(error, _IncompleteError) or _is_transient(error)):
+                if not again(error):
                     raise
-                await asyncio.sleep(FIRST_PAUSE_S)
+            await asyncio.sleep(FIRST_PAUSE_S * 2**pause * random.uniform(0.5, 1))
+        return await steps()
 
     async def put(self, scratch: Path, num_bytes: int, path: str) -> None:
         """One put; where it fails, it leaves no unfinished upload on a server within reach."""

@@ -5,7 +5,7 @@
 Each round does one of the two, then the other, into the same folder. `torch.save` is timed from
 one barrier to the next, for all ranks wait for it; pixloom until the slowest rank may go on, and
 apart from that until the checkpoint is committed. Memory is what a rank's resident set grows by
-while a checkpoint is staged and written, measured before the first `torch.save`. `--json` prints
+while room for it is made and the first checkpoint is staged and written, measured before the first `torch.save`. `--json` prints
 one JSON object on stdout's last line.
 """
 
@@ -104,8 +104,7 @@ def measure(rank: int, port: int, world_size: int, rounds: int, device: str, fol
         },
         "benchmark",
     )
-    directory, log = str(run / "checkpoints"), RunLog(run, ranks)
-    saver = Saver(directory, config, Ranks.of_run(), log, StopRequest(0), set())
+    log = RunLog(run, ranks)
     times = Rounds([], [], [])
 
     def save(step: int) -> tuple[float, float]:
@@ -118,6 +117,7 @@ def measure(rank: int, port: int, world_size: int, rounds: int, device: str, fol
         return blocked_s, time.perf_counter() - start_s
 
     with Growth() as growth:
+        saver = Saver(config, Ranks.of_run(), log, StopRequest(0), set(), tensors)
         first_blocked_s, _ = save(1)
     for step in range(2, rounds + 2):
         ranks.barrier()

@@ -46,7 +46,10 @@ class Parts:
         return checkpoint.save(self.directory, chunks, meta, Ranks())
 
     def restore(self) -> TrainState:
-        state, _ = resume.restore_newest(self.config, Ranks(), self.log, self.model, self.optimizer)
+        found = checkpoint.committed(self.directory)[::-1]
+        state, _ = resume.restore_newest(
+            found, self.config, Ranks(), self.log, self.model, self.optimizer
+        )
         return state
 
 
