@@ -5,8 +5,8 @@
 Each round does one of the two, then the other, into the same folder. `torch.save` is timed from
 one barrier to the next, for all ranks wait for it; pixloom until the slowest rank may go on, and
 apart from that until the checkpoint is committed. Memory is what a rank's resident set grows by
-while room for it is made and the first checkpoint is staged and written, measured before the first `torch.save`. `--json` prints
-one JSON object on stdout's last line.
+from before a saver is made until its first checkpoint is written, before the first `torch.save`.
+`--json` prints one JSON object on stdout's last line.
 """
 
 import argparse
