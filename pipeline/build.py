@@ -20,7 +20,7 @@ from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.order import Order
 from pipeline.parallel import unsharded_accelerate
 from pipeline.rng import torch_seed
-from pipeline.stream import BatchDataset, SampleReader
+from pipeline.stream import BatchDataset, SampleReader, Shard
 from pipeline.tasks import Task
 from shards.format import FormatError, Manifest
 from shards.storage import UserError
@@ -64,7 +64,9 @@ def open_split(
     mean_samples = manifest.num_samples(split) / len(manifest.splits[split])
     open_shards = lanes * (2 + math.ceil(config.data.window / mean_samples))
     return BatchDataset(
-        SampleReader(root, manifest.splits[split], open_shards=open_shards),
+        SampleReader(
+            (Shard(root, entry) for entry in manifest.splits[split]), open_shards=open_shards
+        ),
         image_CHW=(image.channels, image.height, image.width),
         with_tokens=manifest.kind == "pairs",
         seed=config.run.seed,

@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_step(arguments: argparse.Namespace) -> int:
     from pipeline.build import order_of
     from pipeline.config import config_from
-    from pipeline.stream import SampleReader
+    from pipeline.stream import SampleReader, Shard
 
     if arguments.step < 0:
         raise UserError(f"--step {arguments.step}: steps count from 0")
@@ -228,7 +228,7 @@ def _print_step(arguments: argparse.Namespace) -> int:
     config = config_from(arguments)
     manifest = storage.load_manifest(config.data.url)
     order = order_of(config, manifest)
-    reader = SampleReader(config.data.url, manifest.splits["train"])
+    reader = SampleReader(Shard(config.data.url, entry) for entry in manifest.splits["train"])
 
     def keys_of(step: int) -> list[str]:
         ids = order.samples_of(step)

@@ -45,7 +45,7 @@ def draw(run: Path, split: str, which: str, out: Path) -> None:
     chosen = checkpoint.choose(run, which)
     model = load_model(config, manifest, chosen).eval()
     dataset = open_split(config, manifest, split)
-    counts = [shard.samples for shard in dataset.reader.shards]
+    counts = dataset.reader.shard_samples
     ids = next(validation_batches(counts, _SAMPLES))
     batch = dataset[BatchPlan(step=0, micro=0, epoch=0, first_place=0, ids=ids)]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

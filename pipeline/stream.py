@@ -14,10 +14,10 @@ import signal
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -33,28 +33,38 @@ from shards.storage import UserError
 _MAX_FILES = 256
 
 
+class Shard(NamedTuple):
+    """A shard of the dataset at `root`."""
+
+    root: str
+    entry: ShardEntry
+
+
 class SampleReader:
-    """Reads samples of one split by (shard, index), on local storage, with one `pread` each.
+    """Reads samples by (shard, index), on local storage, with one `pread` each.
 
     Indexes and receipts are read when a shard is first needed, so opening costs the same for any
     number of shards. May be used after a fork and pickled to a spawned worker.
     """
 
-    def __init__(self, root: str, shards: Sequence[ShardEntry], *, open_shards: int = 64) -> None:
-        self.root = root
+    def __init__(self, shards: Iterable[Shard], *, open_shards: int = 64) -> None:
         self.shards = tuple(shards)
         self.open_shards = open_shards
         self._files: OrderedDict[int, int] = OrderedDict()
         self._spans = functools.lru_cache(maxsize=open_shards)(self._read_index)
         self._receipt = functools.lru_cache(maxsize=open_shards)(self._read_receipt)
 
-    def __reduce__(self) -> tuple[Any, tuple[str, tuple[ShardEntry, ...]]]:
-        new = functools.partial(SampleReader, open_shards=self.open_shards)
-        return new, (self.root, self.shards)
+    def __reduce__(self) -> tuple[Any, tuple[tuple[Shard, ...]]]:
+        return functools.partial(SampleReader, open_shards=self.open_shards), (self.shards,)
 
     def __del__(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
+
+    @property
+    def shard_samples(self) -> list[int]:
+        """How many samples each shard has."""
+        return [shard.entry.samples for shard in self.shards]
 
     def key(self, shard: int, index: int) -> str:
         """The sample's key, from the shard's index."""
@@ -67,7 +77,7 @@ class SampleReader:
             SampleError: the bytes are damaged or the shard is cut short.
         """
         span = self._spans(shard)[index]
-        where = f"{self.shards[shard].name} {span.key}"
+        where = f"{self.shards[shard].entry.name} {span.key}"
         data = bytearray(span.size)
         try:
             if os.preadv(self._descriptor(shard), [data], span.offset) != span.size:
@@ -89,13 +99,14 @@ class SampleReader:
             return self._files[shard]
         while len(self._files) >= min(self.open_shards, _MAX_FILES):
             os.close(self._files.popitem(last=False)[1])
-        path = storage.local_path(storage.join(self.root, self.shards[shard].name))
+        root, entry = self.shards[shard]
+        path = storage.local_path(storage.join(root, entry.name))
         self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._files[shard]
 
     def _read_index(self, shard: int) -> list[SampleSpan]:
-        entry = self.shards[shard]
-        url = storage.join(self.root, entry.index_name)
+        root, entry = self.shards[shard]
+        url = storage.join(root, entry.index_name)
         spans = parse_index(storage.read_text(url), url)
         if len(spans) != entry.samples:
             raise UserError(
@@ -105,9 +116,10 @@ class SampleReader:
         return spans
 
     def _read_receipt(self, shard: int) -> Receipt:
-        url = storage.join(self.root, self.shards[shard].receipt_name)
+        root, entry = self.shards[shard]
+        url = storage.join(root, entry.receipt_name)
         receipt = Receipt.from_json(storage.read_text(url), url)
-        if receipt.shard != self.shards[shard]:
+        if receipt.shard != entry:
             raise UserError(f"{url}: is of another shard than the manifest's; pack was mixed up")
         return receipt
 

@@ -50,7 +50,7 @@ def evaluate(
     Raises:
         BadSamplesError: samples that cannot be read; each is named on stderr by its rank.
     """
-    counts = [shard.samples for shard in dataset.reader.shards]
+    counts = dataset.reader.shard_samples
     plans = [
         BatchPlan(step=0, micro=number, epoch=0, first_place=number * batch_size, ids=ids)
         for number, ids in enumerate(validation_batches(counts, batch_size))
@@ -71,8 +71,8 @@ def evaluate(
     totals = merge(rows.tolist())
     if totals[0] != sum(counts):
         raise BadSamplesError(
-            f"{dataset.reader.root}: validation counted {totals[0]:.0f} samples, the manifest says "
-            f"{sum(counts)}; the others are named above"
+            f"{dataset.reader.shards[0].root}: validation counted {totals[0]:.0f} samples, the "
+            f"manifest says {sum(counts)}; the others are named above"
         )
     return {"samples": totals[0], **task.metrics(totals)}
 

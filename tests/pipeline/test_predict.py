@@ -19,7 +19,7 @@ from pipeline.export import write_export
 from pipeline.models import Seq2Seq
 from pipeline.order import validation_batches
 from pipeline.predict import Trained
-from pipeline.stream import BatchPlan, SampleReader
+from pipeline.stream import BatchPlan, SampleReader, Shard
 from pipeline.tasks import prepare_images
 from shards import pack, synth, tokens
 from shards.storage import load_manifest
@@ -35,7 +35,7 @@ def packed_split(run: Path, split: str) -> tuple[Batch, list[str]]:
     config = config_of(read_toml(str(run / "config.toml")), "config.toml")
     manifest = load_manifest(config.data.url)
     dataset = open_split(config, manifest, split)
-    counts = [shard.samples for shard in dataset.reader.shards]
+    counts = dataset.reader.shard_samples
     ids = next(validation_batches(counts, sum(counts)))
     batch = dataset[BatchPlan(step=0, micro=0, epoch=0, first_place=0, ids=ids)]
     return batch, sources_of(dataset.reader)
@@ -44,8 +44,8 @@ def packed_split(run: Path, split: str) -> tuple[Batch, list[str]]:
 def sources_of(reader: SampleReader) -> list[str]:
     return [
         json.loads(bytes(reader.read(shard, index).members["json"]))["source"]
-        for shard, entry in enumerate(reader.shards)
-        for index in range(entry.samples)
+        for shard, samples in enumerate(reader.shard_samples)
+        for index in range(samples)
     ]
 
 
@@ -106,7 +106,7 @@ def test_an_image_gives_the_pixels_of_its_packed_self(
     assert pack.main([str(raw), str(out), *words]) == 0
     manifest = load_manifest(str(out))
     trained = Trained(torch.nn.Identity(), None, manifest.image, None, 0)  # type: ignore[arg-type]
-    reader = SampleReader(str(out), manifest.splits["train"])
+    reader = SampleReader(Shard(str(out), entry) for entry in manifest.splits["train"])
     sources = sources_of(reader)
     assert len(sources) == 6
     for index, source in enumerate(sources):

@@ -16,7 +16,15 @@ from PIL import Image
 
 from pipeline.batch import Batch, SampleError
 from pipeline.order import Order, validation_batches
-from pipeline.stream import BatchDataset, BatchPlan, SampleReader, TrainPlans, grouped, make_loader
+from pipeline.stream import (
+    BatchDataset,
+    BatchPlan,
+    SampleReader,
+    Shard,
+    TrainPlans,
+    grouped,
+    make_loader,
+)
 from shards.format import TOKENS_EXTENSION
 from shards.storage import UserError, load_manifest
 
@@ -37,8 +45,12 @@ def layouts(draw: st.DrawFn) -> dict[str, int]:
     }
 
 
+def shards_of(root: Path, split: str = "train") -> list[Shard]:
+    return [Shard(str(root), entry) for entry in load_manifest(str(root)).splits[split]]
+
+
 def train_split(root: Path) -> BatchDataset:
-    reader = SampleReader(str(root), load_manifest(str(root)).splits["train"])
+    reader = SampleReader(shards_of(root))
     return BatchDataset(reader, image_CHW=(3, 32, 48), with_tokens=True)
 
 
@@ -64,9 +76,9 @@ def check_one_order(
     entries = [s for place, s in enumerate(whole.reader.shards) if not shards >> place & 1]
     entries = entries or list(whole.reader.shards)
     turn = shards % len(entries)
-    reader = SampleReader(str(root), entries[turn:] + entries[:turn])
+    reader = SampleReader(entries[turn:] + entries[:turn])
     dataset = BatchDataset(reader, image_CHW=whole.image_CHW, with_tokens=True)
-    order = Order([entry.samples for entry in reader.shards], **layout)
+    order = Order(reader.shard_samples, **layout)
     world_size = min(world_size, order.num_micro)
     steps = min(order.steps_per_epoch + 2, 10)
     expected = [
@@ -114,9 +126,7 @@ def test_any_workers_see_the_same_order(
 @many_workers
 def test_an_epoch_through_workers_holds_each_sample_once(screens: Path) -> None:
     dataset = train_split(screens)
-    order = Order(
-        [s.samples for s in dataset.reader.shards], seed=1, global_size=6, micro_size=2, window=9
-    )
+    order = Order(dataset.reader.shard_samples, seed=1, global_size=6, micro_size=2, window=9)
     keys = read_keys(dataset, TrainPlans(order, range(3), 0, order.steps_per_epoch), workers=3)
     flat = list(itertools.chain(*keys))
     assert len(flat) == len(set(flat)) == order.num_samples - order.num_samples % 6
@@ -133,7 +143,9 @@ def test_plain_webdataset_reads_what_stream_reads(
     manifest = load_manifest(str(root))
     for split, entries in manifest.splits.items():
         dataset = BatchDataset(
-            SampleReader(str(root), entries), image_CHW=(3, 32, 48), with_tokens=name == "screens"
+            SampleReader(shards_of(root, split)),
+            image_CHW=(3, 32, 48),
+            with_tokens=name == "screens",
         )
         urls = [str(root / entry.name) for entry in entries]
         foreign = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
@@ -173,7 +185,7 @@ def damaged(screens: Path, tmp_path: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
     manifest = load_manifest(str(screens))
-    reader = SampleReader(str(screens), manifest.splits["train"])
+    reader = SampleReader(shards_of(screens))
     span = reader._spans(0)[3]
     with (copy / manifest.splits["train"][0].name).open("r+b") as file:
         file.seek(span.offset + span.size - 3)
@@ -185,7 +197,7 @@ def damaged(screens: Path, tmp_path: Path) -> Path:
 
 def batch_of(root: Path, number: int = 6) -> Batch:
     dataset = train_split(root)
-    ids = next(validation_batches([s.samples for s in dataset.reader.shards], number))
+    ids = next(validation_batches(dataset.reader.shard_samples, number))
     return dataset[BatchPlan(step=0, micro=0, epoch=0, first_place=0, ids=ids)]
 
 
@@ -223,8 +235,8 @@ def test_an_index_of_another_length_is_refused(damaged: Path) -> None:
 def test_many_shards_share_a_bounded_number_of_open_files(
     screens: Path,
 ) -> None:
-    entries = load_manifest(str(screens)).splits["train"]
-    reader = SampleReader(str(screens), entries, open_shards=2)
+    entries = shards_of(screens)
+    reader = SampleReader(entries, open_shards=2)
     for index in range(3):
         for shard in range(len(entries)):
             reader.read(shard, index)
@@ -233,7 +245,7 @@ def test_many_shards_share_a_bounded_number_of_open_files(
 
 def test_iterating_does_not_touch_the_global_random_state(screens: Path) -> None:
     dataset = train_split(screens)
-    order = Order([s.samples for s in dataset.reader.shards], seed=1, global_size=4, micro_size=2)
+    order = Order(dataset.reader.shard_samples, seed=1, global_size=4, micro_size=2)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     loader = make_loader(dataset, TrainPlans(order, range(2), 0, 3), workers=1, pin=False)
