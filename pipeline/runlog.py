@@ -13,6 +13,9 @@ from pipeline.state import TrainState
 from shards import storage
 from shards.storage import UserError
 
+LEDGER_NAME = "damaged.txt"
+"""in a run's folder: the samples that could not be read, a line each"""
+
 
 class RunLog:
     """Lines and rows of one run folder."""
@@ -25,8 +28,8 @@ class RunLog:
         self._wait_s = 0.0
         self._failing = False
 
-    def start(self, config: Config, step: int) -> None:
-        """Writes config.toml, and takes back rows after `step`: they will be written again."""
+    def start(self, config: Config, state: TrainState) -> None:
+        """Writes config.toml, and takes back what is told of later steps: it will come again."""
         self._since_s = time.perf_counter()
         if not self.ranks.is_main:
             return
@@ -34,12 +37,14 @@ class RunLog:
         try:
             storage.publish_text(to_toml(config), str(path))
             text = self.path.read_text("utf-8", errors="replace") if self.path.exists() else ""
-            kept = [line for line in text.splitlines() if _step_of(line) <= step]
+            kept = [line for line in text.splitlines() if _step_of(line) <= state.step]
             storage.publish_text("".join(line + "\n" for line in kept), str(self.path))
         except (UserError, OSError) as error:
             if not path.exists():
                 raise
             self.warn(f"the run's log could not be brought up to date: {error}")
+        if state.damaged or self.path.with_name(LEDGER_NAME).exists():
+            self._write_ledger(state)
 
     def say(self, line: str) -> None:
         if self.ranks.is_main:
@@ -52,18 +57,27 @@ class RunLog:
     def account_for_bad(
         self, state: TrainState, own: Sequence[str], num_bad: int, max_bad: int
     ) -> None:
-        """Names this rank's samples of weight 0, and counts those of all ranks in `state`.
+        """Adds this step's damaged samples, `own` of them this rank's, to the ledger in `state`,
+        and names those that are new.
 
         Raises:
-            UserError: more than `max_bad`; on all ranks alike.
+            UserError: the ledger has more than `max_bad`; on all ranks alike.
         """
-        for line in own:
-            self.warn(f"{line}; its place in step {state.step} has weight 0")
-        state.bad_samples += num_bad
-        if num_bad and state.bad_samples > max_bad:
+        if not num_bad:
+            return
+        known = {_sample_of(line) for line in state.damaged}
+        lines = self.ranks.join_text("".join(f"{line}\n" for line in own)).splitlines()
+        met = {_sample_of(line): line for line in lines}
+        new = [line for sample, line in met.items() if sample not in known]
+        state.damaged += new
+        if self.ranks.is_main and new:
+            for line in new:
+                self.warn(f"{line}; its place has weight 0, from step {state.step} on")
+            self._write_ledger(state)
+        if len(state.damaged) > max_bad:
             with said_once():
                 raise UserError(
-                    f"{state.bad_samples} damaged samples (named above), data.max_bad allows "
+                    f"{len(state.damaged)} damaged samples (named above), data.max_bad allows "
                     f"{max_bad}; see `pixloom verify --deep`"
                 )
 
@@ -95,6 +109,13 @@ class RunLog:
         ]
         self.say(f"step {row['step']}/{of}  {'  '.join(cells)}")
 
+    def _write_ledger(self, state: TrainState) -> None:
+        try:
+            text = "".join(f"{line}\n" for line in state.damaged)
+            storage.publish_text(text, str(self.path.with_name(LEDGER_NAME)))
+        except UserError as error:
+            self.warn(f"the list of damaged samples could not be written: {error}")
+
     def _append(self, line: str) -> None:
         """A log that cannot be written is no reason to end a run."""
         try:
@@ -108,6 +129,11 @@ class RunLog:
                     f"{self.path}: {error.strerror}; rows are missing until it can be written"
                 )
             self._failing = True
+
+
+def _sample_of(line: str) -> str:
+    """Shard and key of a line of the ledger."""
+    return line.partition(": ")[0]
 
 
 def _step_of(line: str) -> float:

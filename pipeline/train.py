@@ -144,7 +144,7 @@ def setup(config: Config, stop: StopRequest) -> Run:
         model=model, wrapped=wrapped, optimizer=optimizer, wrapped_optimizer=wrapped_optimizer,
         state=state, log=log, stop=stop, saver=saver, lock=lock, parallel=parallel,
     )  # fmt: skip
-    log.start(config, state.step)
+    log.start(config, state)
     log.say(
         f"{config.model.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
         f", {ranks.world_size} x {accelerator.device.type}{parallel.label}; "
@@ -227,7 +227,7 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float) -> bool:
         run.log.row(
             {"step": state.step, "epoch": epoch, "loss": loss, "lr": lr,
              "grad_norm": float(grad_norm), **run.log.speed(), "order_digest": state.order_digest,
-             "skipped_steps": state.skipped_steps, "bad_samples": state.bad_samples},
+             "skipped_steps": state.skipped_steps, "bad_samples": len(state.damaged)},
             of=run.total_steps,
         )  # fmt: skip
     return stopping > 0

@@ -194,12 +194,35 @@ def test_damaged_samples_stop_the_run_unless_allowed(
     assert "CRC-32 differs" in captured
     assert run(tmp_path / "goes", copy, "--data.max_bad", 1000, "--validate.every_steps", 9) == 0
     rows = [json.loads(line) for line in (tmp_path / "goes/metrics.jsonl").read_text().splitlines()]
-    assert rows[0]["bad_samples"] > 0
+    ledger = (tmp_path / "goes/damaged.txt").read_text().splitlines()
+    told = [row["bad_samples"] for row in rows if "bad_samples" in row]
+    assert len(ledger) == len(set(ledger)) == told[-1] > 0
+    assert all(line.startswith("train/00000") and "CRC-32 differs" in line for line in ledger)
     assert run(tmp_path / "clean", screens) == 0
     clean = [
         json.loads(line) for line in (tmp_path / "clean/metrics.jsonl").read_text().splitlines()
     ]
     assert clean[1]["order_digest"] == rows[1]["order_digest"], "damage must not shift the order"
+
+
+def test_a_damaged_sample_counts_once_and_stays_known_to_a_resumed_run(
+    cpu: None, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(screens, copy)
+    with (copy / load_manifest(str(copy)).splits["train"][0].name).open("r+b") as file:
+        file.seek(1024)
+        file.write(b"damage")
+    flags = ["--data.max_bad", 1, "--validate.every_steps", 99]
+    assert run(tmp_path / "run", copy, *flags, "--run.steps", 12) == 0, "three epochs"
+    assert capsys.readouterr().err.count("its place has weight 0") == 1
+    ledger = tmp_path / "run/damaged.txt"
+    (line,) = ledger.read_text().splitlines()
+    ledger.unlink()
+    newest = checkpoint.committed(str(tmp_path / "run/checkpoints"))[-1]
+    assert checkpoint.Meta.read(newest).state.damaged == [line]
+    assert run(tmp_path / "run", copy, *flags, "--run.steps", 12) == 0
+    assert ledger.read_text() == f"{line}\n"
 
 
 def test_early_stopping_stays_stopped(
