@@ -7,6 +7,7 @@ here, in one line, before a process group exists.
 import contextlib
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -15,15 +16,20 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from pipeline import checkpoint
+from pipeline.cache import Node, NodeCache, Reads, node_cache, reads_of
 from pipeline.config import Config
 from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.order import Order
 from pipeline.parallel import unsharded_accelerate
 from pipeline.rng import torch_seed
-from pipeline.stream import BatchDataset, SampleReader, Shard
+from pipeline.stream import BatchDataset, SampleReader, Shard, node_places
 from pipeline.tasks import Task
+from shards import storage
 from shards.format import FormatError, Manifest
 from shards.storage import UserError
+
+MAX_NODE_LINES = 8
+"""Of what nodes read."""
 
 
 def order_of(config: Config, manifest: Manifest, world_size: int = 1) -> Order:
@@ -65,12 +71,63 @@ def open_split(
     open_shards = lanes * (2 + math.ceil(config.data.window / mean_samples))
     return BatchDataset(
         SampleReader(
-            (Shard(root, entry) for entry in manifest.splits[split]), open_shards=open_shards
+            (Shard(root, entry) for entry in manifest.splits[split]),
+            open_shards=open_shards,
+            cache=cache_of(config, root),
         ),
         image_CHW=(image.channels, image.height, image.width),
         with_tokens=manifest.kind == "pairs",
         seed=config.run.seed,
     )
+
+
+def cache_of(config: Config, *roots: str) -> NodeCache | None:
+    """The node's cache, if one of these datasets lies on an object store."""
+    if not any(map(storage.is_remote, roots)):
+        return None
+    return node_cache(config.data.cache_dir, config.data.cache_bytes)
+
+
+def check_reads(order: Order, dataset: BatchDataset) -> None:
+    """Says once what each node reads of an epoch: a line a node, if there are several of them or
+    the data is remote.
+
+    Raises:
+        UserError: the cache cannot hold what this node needs at once.
+    """
+    reader, node = dataset.reader, Node.of_environment()
+
+    def reads(one: Node) -> Reads:
+        uses = order.uses(0, node_places(order, one))
+        return reads_of(reader.shards, uses, order.steps_per_epoch)
+
+    cache = reader.cache
+    if cache is not None:
+        own = reads(node)
+        if own.working_bytes > cache.bound_bytes:
+            raise UserError(
+                f"data.cache_bytes = {cache.bound_bytes}: one window of this node's lanes needs "
+                f"{own.num_working} shards, {own.working_bytes} bytes, at once; raise it (in "
+                f"{cache.folder}), or lower data.window or data.lanes"
+            )
+    nodes = node.all
+    if node.ranks[0] > 0 or not node.is_first or (cache is None and len(nodes) == 1):
+        return
+    per_lane = order.global_size // order.lanes
+    for number, one in enumerate(nodes[:MAX_NODE_LINES]):
+        places, found = node_places(order, one), reads(one)
+        lanes = f"{places[0] // per_lane} to {places[-1] // per_lane}"
+        print(
+            f"pixloom: node {number} reads lanes {lanes} of {order.lanes}: {found.num_shards} "
+            f"shards, {found.bytes / 1e6:.1f} MB an epoch"
+            + (
+                f"; cache {cache.folder}, {cache.bound_bytes / 1e6:.1f} MB at most" if cache else ""
+            ),
+            file=sys.stderr,
+            flush=True,
+        )
+    if len(nodes) > MAX_NODE_LINES:
+        print(f"pixloom: and {len(nodes) - MAX_NODE_LINES} nodes more", file=sys.stderr, flush=True)
 
 
 def new_model(config: Config, manifest: Manifest) -> nn.Module:

@@ -68,6 +68,10 @@ class DataConfig:
     """loader processes a rank; any number gives the same order"""
     shift_px: int = 0
     """augmentation: move each training image by up to so many pixels along both axes"""
+    cache_dir: str = ""
+    """folder of this node for shards of object stores; default: one in the system's temp folder"""
+    cache_bytes: int = 0
+    """most bytes in data.cache_dir; 0: nine tenths of what it holds and the disk has free"""
     max_bad: int = 0
     """damaged training samples (each keeps its place, with weight 0) before the run stops"""
 
@@ -76,6 +80,7 @@ class DataConfig:
         _at_least("data.window", self.window, 1)
         _at_least("data.workers", self.workers, 0)
         _at_least("data.shift_px", self.shift_px, 0)
+        _at_least("data.cache_bytes", self.cache_bytes, 0)
         _at_least("data.max_bad", self.max_bad, 0)
 
 
@@ -185,6 +190,8 @@ MAY_CHANGE = frozenset(
         "run.log_every_steps",
         "data.url",
         "data.workers",
+        "data.cache_dir",
+        "data.cache_bytes",
         "data.max_bad",
         "validate.patience",
         "checkpoint.every_steps",

@@ -12,10 +12,12 @@ Legend of shape suffixes: G = samples of a global batch, B = samples of a microb
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +43,14 @@ class SampleIds:
 
     def __len__(self) -> int:
         return len(self.shard_G)
+
+
+class ShardUse(NamedTuple):
+    """Steps [first_step, last_step] read samples of these shards."""
+
+    first_step: int
+    last_step: int
+    shards: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -108,8 +118,18 @@ class Order:
         self.window = window
         self.num_micro = global_size // micro_size
         self.steps_per_epoch = self.num_samples // global_size
+        self._remember()
+
+    def _remember(self) -> None:
         self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
-        self._window = functools.lru_cache(maxsize=2 * lanes)(self._make_window)
+        self._window = functools.lru_cache(maxsize=2 * self.lanes)(self._make_window)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_epoch", "_window")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remember()
 
     def epoch_of(self, step: int) -> tuple[int, int]:
         """(epoch, step within that epoch) of a step, both from 0."""
@@ -143,6 +163,31 @@ class Order:
             )
         first, last = (place * self.num_micro // world_size for place in (rank, rank + 1))
         return range(first, last)
+
+    def uses(self, step: int, places: range) -> Iterator[ShardUse]:
+        """Which shards are read when: the windows, from `step` on, of the lanes that these places
+        of the global batch touch. In order of `first_step`, epoch after epoch without end."""
+        per_lane = self.global_size // self.lanes
+        if not places:
+            return
+        lanes = range(places[0] // per_lane, places[-1] // per_lane + 1)
+        first_epoch, t = self.epoch_of(step)
+        for epoch in itertools.count(first_epoch):
+            layout, begin = self._epoch(epoch), epoch * self.steps_per_epoch
+            used = self.steps_per_epoch * per_lane  # the rest of a lane is not read
+            skipped = t * per_lane // self.window if epoch == first_epoch else 0
+            for start in range(skipped * self.window, used, self.window):
+                stop = min(start + self.window, used)
+                first, last = begin + start // per_lane, begin + (stop - 1) // per_lane
+                for lane in lanes:
+                    lane_start, lane_stop = (
+                        place * self.num_samples // self.lanes for place in (lane, lane + 1)
+                    )
+                    # Shuffled as a whole: also a sample that is not read may lend its place.
+                    end = min(lane_start + start + self.window, lane_stop)
+                    ends = (lane_start + start, end - 1)
+                    low, high = np.searchsorted(layout.starts, ends, side="right")
+                    yield ShardUse(first, last, tuple(layout.shards[low - 1 : high].tolist()))
 
     def _lane_positions(self, epoch: int, lane: int, start: int, stop: int) -> NDArray[np.int64]:
         """Positions [start, stop) of a shuffled lane, as positions in the epoch's sequence."""
@@ -181,6 +226,20 @@ def validation_batches(shard_samples: Sequence[int], size: int) -> Iterator[Samp
         yield SampleIds(shard, position - starts[shard])
 
 
+def validation_uses(
+    shard_samples: Sequence[int], size: int, step: int, ranks: range, world_size: int
+) -> Iterator[ShardUse]:
+    """Which shards the batches of `validation_batches` read that fall on these ranks, from batch
+    `step` on: batch b is rank (b mod W)'s."""
+    ends = np.cumsum(np.asarray(shard_samples, dtype=np.int64))
+    total = int(ends[-1]) if len(ends) else 0
+    for batch in range(step, -(-total // size)):
+        if batch % world_size in ranks:
+            bounds = (batch * size, min((batch + 1) * size, total) - 1)
+            low, high = np.searchsorted(ends, bounds, side="right").tolist()
+            yield ShardUse(batch, batch, tuple(range(low, high + 1)))
+
+
 def sample_hash(place: int, key: str) -> int:
     """64-bit hash of "this key was at this place of the global batch".
 
@@ -216,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_step(arguments: argparse.Namespace) -> int:
-    from pipeline.build import order_of
+    from pipeline.build import cache_of, order_of
     from pipeline.config import config_from
     from pipeline.stream import SampleReader, Shard
 
@@ -228,7 +287,8 @@ def _print_step(arguments: argparse.Namespace) -> int:
     config = config_from(arguments)
     manifest = storage.load_manifest(config.data.url)
     order = order_of(config, manifest)
-    reader = SampleReader(Shard(config.data.url, entry) for entry in manifest.splits["train"])
+    shards = (Shard(config.data.url, entry) for entry in manifest.splits["train"])
+    reader = SampleReader(shards, cache=cache_of(config, config.data.url))
 
     def keys_of(step: int) -> list[str]:
         ids = order.samples_of(step)

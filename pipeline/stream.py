@@ -8,54 +8,62 @@ mean is `pipeline.batch`'s business.
 import atexit
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 import signal
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline import rng
 from pipeline.batch import Batch, RawSample, SampleError, assemble
-from pipeline.order import Order, SampleIds
+from pipeline.cache import LookAhead, Node, NodeCache, Outlook, Schedule
+from pipeline.cache import Shard as Shard
+from pipeline.order import Order, SampleIds, ShardUse, validation_batches, validation_uses
 from shards import storage
-from shards.format import FormatError, Receipt, SampleSpan, ShardEntry, parse_index
+from shards.format import FormatError, Receipt, SampleSpan, parse_index
 from shards.storage import UserError
+
+T = TypeVar("T")
 
 # File descriptors of one reader; a process may usually have 1024.
 _MAX_FILES = 256
 
 
-class Shard(NamedTuple):
-    """A shard of the dataset at `root`."""
-
-    root: str
-    entry: ShardEntry
-
-
 class SampleReader:
-    """Reads samples by (shard, index), on local storage, with one `pread` each.
+    """Reads samples by (shard, index) with one `pread` each, from shards on local storage, and
+    from those of object stores through the node's `cache`. Without one, only their keys.
 
     Indexes and receipts are read when a shard is first needed, so opening costs the same for any
     number of shards. May be used after a fork and pickled to a spawned worker.
     """
 
-    def __init__(self, shards: Iterable[Shard], *, open_shards: int = 64) -> None:
+    def __init__(
+        self, shards: Iterable[Shard], *, open_shards: int = 64, cache: NodeCache | None = None
+    ) -> None:
         self.shards = tuple(shards)
+        self.cache = cache
+        self.schedule: Schedule | None = None
+        """while a loader reads: what comes next"""
         self.open_shards = open_shards
         self._files: OrderedDict[int, int] = OrderedDict()
         self._spans = functools.lru_cache(maxsize=open_shards)(self._read_index)
         self._receipt = functools.lru_cache(maxsize=open_shards)(self._read_receipt)
+        for shard in self.shards:
+            if cache is not None and shard.is_remote:
+                cache.adopt(shard)
 
-    def __reduce__(self) -> tuple[Any, tuple[tuple[Shard, ...]]]:
-        return functools.partial(SampleReader, open_shards=self.open_shards), (self.shards,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        make = functools.partial(SampleReader, open_shards=self.open_shards, cache=self.cache)
+        return make, (self.shards,), {"schedule": self.schedule}
 
     def __del__(self) -> None:
         for descriptor in self._files.values():
@@ -74,24 +82,56 @@ class SampleReader:
         """The members of one sample, checked against the CRC-32 of its shard's receipt.
 
         Raises:
-            SampleError: the bytes are damaged or the shard is cut short.
+            SampleError: the bytes are damaged or the shard is cut short or missing.
+            UserError: the storage does not answer.
         """
         span = self._spans(shard)[index]
         where = f"{self.shards[shard].entry.name} {span.key}"
         data = bytearray(span.size)
-        try:
-            if os.preadv(self._descriptor(shard), [data], span.offset) != span.size:
-                raise SampleError(f"{where}: the shard ends inside the sample")
-        except OSError as error:
-            raise SampleError(f"{where}: cannot be read ({error.strerror})") from error
-        if zlib.crc32(data) != self._receipt(shard).crc32[index]:
-            raise SampleError(f"{where}: CRC-32 differs from the receipt's")
+        if self.shards[shard].is_remote:
+            self._read_cached(shard, index, data, where)
+        else:
+            self._read_span(self._descriptor(shard), shard, index, data, where)
         view = memoryview(data)
         members = {}
         for member in span.members:
             start = member.offset - span.offset
             members[member.extension] = view[start : start + member.size]
         return RawSample(where, span.key, members)
+
+    def _read_span(
+        self, descriptor: int, shard: int, index: int, data: bytearray, where: str
+    ) -> None:
+        try:
+            if os.preadv(descriptor, [data], self._spans(shard)[index].offset) != len(data):
+                raise SampleError(f"{where}: the shard ends inside the sample")
+        except OSError as error:
+            raise SampleError(f"{where}: cannot be read ({error.strerror})") from error
+        if zlib.crc32(data) != self._receipt(shard).crc32[index]:
+            raise SampleError(f"{where}: CRC-32 differs from the receipt's")
+
+    def _read_cached(self, shard: int, index: int, data: bytearray, where: str) -> None:
+        if self.cache is None:
+            raise UserError(f"{self.shards[shard].url}: on an object store, and there is no cache")
+        while True:
+            # Opened for each sample: a file held open would keep its room after its eviction.
+            descriptor, is_verified = self.cache.open(self.shards[shard], self.schedule)
+            try:
+                self._read_span(descriptor, shard, index, data, where)
+                return
+            except SampleError:
+                if not (is_verified and self.cache.recheck(self.shards[shard])):
+                    raise
+            finally:
+                os.close(descriptor)
+            self._spans.cache_clear()
+            self._receipt.cache_clear()
+            data[:] = bytes(self._spans(shard)[index].size)
+
+    def prefetch(self, shard: int, outlook: Outlook) -> None:
+        """Brings index and receipt of a remote shard to this node; from any thread."""
+        self._read_index(shard, outlook)
+        self._read_receipt(shard, outlook)
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._files:
@@ -104,29 +144,47 @@ class SampleReader:
         self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._files[shard]
 
-    def _read_index(self, shard: int) -> list[SampleSpan]:
-        root, entry = self.shards[shard]
-        url = storage.join(root, entry.index_name)
-        spans = parse_index(storage.read_text(url), url)
-        if len(spans) != entry.samples:
-            raise UserError(
-                f"{url}: {len(spans)} samples, the manifest says {entry.samples}; "
-                "run `pixloom verify` on the dataset"
-            )
-        return spans
+    def _read_index(self, shard: int, outlook: Outlook | None = None) -> list[SampleSpan]:
+        samples = self.shards[shard].entry.samples
 
-    def _read_receipt(self, shard: int) -> Receipt:
-        root, entry = self.shards[shard]
-        url = storage.join(root, entry.receipt_name)
-        receipt = Receipt.from_json(storage.read_text(url), url)
-        if receipt.shard != entry:
-            raise UserError(f"{url}: is of another shard than the manifest's; pack was mixed up")
-        return receipt
+        def parse(text: str, url: str) -> list[SampleSpan]:
+            spans = parse_index(text, url)
+            if len(spans) != samples:
+                raise UserError(
+                    f"{url}: {len(spans)} samples, the manifest says {samples}; "
+                    "run `pixloom verify` on the dataset"
+                )
+            return spans
+
+        return self._read_text(shard, self.shards[shard].entry.index_name, parse, outlook)
+
+    def _read_receipt(self, shard: int, outlook: Outlook | None = None) -> Receipt:
+        entry = self.shards[shard].entry
+
+        def parse(text: str, url: str) -> Receipt:
+            receipt = Receipt.from_json(text, url)
+            if receipt.shard != entry:
+                raise UserError(
+                    f"{url}: is of another shard than the manifest's; pack was mixed up, or the "
+                    "dataset was replaced after this run had begun"
+                )
+            return receipt
+
+        return self._read_text(shard, entry.receipt_name, parse, outlook)
+
+    def _read_text(
+        self, shard: int, name: str, parse: Callable[[str, str], T], outlook: Outlook | None
+    ) -> T:
+        if self.cache is not None and self.shards[shard].is_remote:
+            return self.cache.text(self.shards[shard], name, parse, outlook)
+        url = storage.join(self.shards[shard].root, name)
+        return parse(storage.read_text(url), url)
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What one batch holds: a microbatch of a step, or a batch of a validation pass.
+    """What one batch holds: a microbatch of a step, or a batch of a validation pass, whose number
+    is then both `step` and `micro`.
 
     `first_place` is the place of the first sample in the global batch, `epoch` keys augmentation.
     """
@@ -160,6 +218,8 @@ class BatchDataset(Dataset[Batch]):
         Raises:
             UserError, FormatError: an index or a receipt is missing or damaged.
         """
+        if self.reader.schedule is not None:
+            self.reader.schedule.step = plan.step
         samples: list[RawSample | SampleError] = []
         augment_keys = []
         for shard, index in zip(plan.ids.shard_G.tolist(), plan.ids.index_G.tolist(), strict=True):
@@ -182,6 +242,15 @@ class BatchDataset(Dataset[Batch]):
         )
 
 
+def node_places(order: Order, node: Node | None = None) -> range:
+    """The places of the global batch that a node's ranks compute; this node's if None is given."""
+    node = node or Node.of_environment()
+    first, last = (
+        order.micros_of(rank, node.world_size) for rank in (node.ranks[0], node.ranks[-1])
+    )
+    return range(first.start * order.micro_size, last.stop * order.micro_size)
+
+
 class TrainPlans(Sampler[BatchPlan]):
     """This rank's microbatches of steps [start, stop), in order, across epochs."""
 
@@ -200,19 +269,76 @@ class TrainPlans(Sampler[BatchPlan]):
                 part = ids[micro * size : (micro + 1) * size]
                 yield BatchPlan(step, micro, epoch, micro * size, part)
 
+    def uses(self, step: int) -> Iterator[ShardUse]:
+        """What this node reads from a step on."""
+        uses = self.order.uses(step, node_places(self.order))
+        return itertools.takewhile(lambda use: use.first_step < self.stop, uses)
+
+
+class ValidationPlans(Sampler[BatchPlan]):
+    """This rank's batches of one pass over a split; `num_batches` are all ranks'."""
+
+    def __init__(
+        self, shard_samples: list[int], size: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.shard_samples, self.size = shard_samples, size
+        self.rank, self.world_size = rank, world_size
+        self.num_batches = -(-sum(shard_samples) // size)
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.num_batches, self.world_size))
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        for number, ids in enumerate(validation_batches(self.shard_samples, self.size)):
+            if number % self.world_size == self.rank:
+                yield BatchPlan(number, number, 0, number * self.size, ids)
+
+    def uses(self, batch: int) -> Iterator[ShardUse]:
+        """What this node reads from a batch on."""
+        ranks = Node.of_environment().ranks
+        return validation_uses(self.shard_samples, self.size, batch, ranks, self.world_size)
+
+
+class _Dispatched(Sampler[BatchPlan]):
+    """Plans as they are, telling `schedule` the step of the one that was taken last."""
+
+    def __init__(self, plans: TrainPlans | ValidationPlans, schedule: Schedule) -> None:
+        self.plans, self.schedule = plans, schedule
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        for plan in self.plans:
+            self.schedule.step = plan.step
+            yield plan
+
 
 def make_loader(
-    dataset: BatchDataset, plans: Sampler[BatchPlan] | list[BatchPlan], *, workers: int, pin: bool
+    dataset: BatchDataset,
+    plans: TrainPlans | ValidationPlans | list[BatchPlan],
+    *,
+    workers: int,
+    pin: bool,
 ) -> Iterator[Batch]:
     """One `Batch` a plan, in the plans' order.
+
+    Shards of object stores are fetched ahead by the first process of each node.
 
     Raises:
         UserError, FormatError: as `BatchDataset` does, from a worker too.
     """
+    reader, schedule = dataset.reader, None
+    if reader.cache is not None and not isinstance(plans, list):
+        schedule = _schedule_of(reader, plans, workers)
+        reader.schedule = schedule  # before workers are started: they take it along
+        reader.cache.follow(schedule)
     loader: DataLoader[Batch | Exception] = DataLoader(
         _Answers(dataset),
         batch_size=None,
-        sampler=plans,
+        sampler=plans
+        if schedule is None or isinstance(plans, list)
+        else _Dispatched(plans, schedule),
         num_workers=workers,
         pin_memory=pin,
         collate_fn=_as_is,
@@ -225,11 +351,36 @@ def make_loader(
     answers = iter(loader)
     kill = functools.partial(_kill_at_exit, set(multiprocessing.active_children()) - others)
     atexit.register(kill)
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-        yield answer
+    ahead = None
+    if schedule is not None and reader.cache is not None and Node.of_environment().is_first:
+        ahead = LookAhead(reader.cache, schedule, reader.prefetch)
+    try:
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+            yield answer
+    finally:
+        if ahead is not None:
+            ahead.close()
+        if schedule is not None and reader.cache is not None:
+            reader.cache.unfollow(schedule)
+            reader.schedule = None
     atexit.unregister(kill)
+
+
+def _schedule_of(
+    reader: SampleReader, plans: TrainPlans | ValidationPlans, workers: int
+) -> Schedule:
+    first = next(iter(plans), None)
+    # A loader hands out so many plans at a time; the ranks of a node are a step apart at most.
+    num_plans = 1 + 2 * workers
+    slack_steps = (
+        1 + math.ceil(num_plans / max(1, len(plans.micros)))
+        if isinstance(plans, TrainPlans)
+        else num_plans * plans.world_size
+    )
+    step = 0 if first is None else first.step
+    return Schedule(reader.shards, plans.uses, step=step, slack_steps=slack_steps)
 
 
 class _Answers(Dataset[Batch | Exception]):

@@ -115,6 +115,7 @@ def setup(config: Config, stop: StopRequest) -> Run:
         manifest = storage.load_manifest(config.data.url)
         order = build.order_of(config, manifest, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         train_data = build.open_split(config, manifest, "train")
+        build.check_reads(order, train_data)
         val_data = build.open_split(config, manifest, "val") if "val" in manifest.splits else None
         model = build.new_model(config, manifest)
         task = build_task(config.model, build.dtype_of(config))

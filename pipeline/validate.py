@@ -22,9 +22,8 @@ from pipeline import checkpoint
 from pipeline.build import dtype_of, load_model, new_accelerator, open_split
 from pipeline.config import config_of_run
 from pipeline.metrics import merge
-from pipeline.order import validation_batches
 from pipeline.ranks import Ranks, said_once
-from pipeline.stream import BatchDataset, BatchPlan, make_loader
+from pipeline.stream import BatchDataset, ValidationPlans, make_loader
 from pipeline.tasks import Task, build_task
 from shards import storage
 from shards.format import TOKENIZER_NAME, Manifest
@@ -51,16 +50,12 @@ def evaluate(
         BadSamplesError: samples that cannot be read; each is named on stderr by its rank.
     """
     counts = dataset.reader.shard_samples
-    plans = [
-        BatchPlan(step=0, micro=number, epoch=0, first_place=number * batch_size, ids=ids)
-        for number, ids in enumerate(validation_batches(counts, batch_size))
-    ]
-    own = plans[ranks.rank :: ranks.world_size]
-    rows = torch.zeros(len(plans), len(task.columns), dtype=torch.float64)
+    plans = ValidationPlans(counts, batch_size, ranks.rank, ranks.world_size)
+    rows = torch.zeros(plans.num_batches, len(task.columns), dtype=torch.float64)
     was_training = model.training
     model.eval()
     with torch.inference_mode(), accelerator.autocast():
-        loader = make_loader(dataset, own, workers=workers, pin=accelerator.device.type == "cuda")
+        loader = make_loader(dataset, plans, workers=workers, pin=accelerator.device.type == "cuda")
         for batch in loader:
             for line in batch.bad:
                 print(f"pixloom: warning: {line}", file=sys.stderr, flush=True)

@@ -61,6 +61,10 @@ class StorageError(UserError):
     """A file or an object that could not be read or written, perhaps by this process alone."""
 
 
+class MissingError(StorageError):
+    """The storage answered: it has no such object."""
+
+
 def redact(text: str) -> str:
     """`text` without credentials.
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
-from shards.errors import StorageError, UserError, redact
+from shards.errors import MissingError, StorageError, UserError, redact
 
 T = TypeVar("T")
 
@@ -121,6 +121,12 @@ def read_bytes(url: str) -> bytes:
         # Asked first, for the size is what the time depends on.
         num_bytes = store.run(store.size_bytes(path))
         return store.run(store.read(path, num_bytes), num_bytes)
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of one object; fewer where it ends before."""
+    with _opened(url) as (store, path):
+        return store.run(store.read_range(path, start, stop), stop - start)
 
 
 def put(scratch: Path, url: str) -> None:
@@ -257,6 +263,18 @@ class _Store:
 
         await self._get_whole(get, path, num_bytes)
         return data
+
+    async def read_range(self, path: str, start: int, stop: int) -> bytes:
+        async def get() -> bytes:
+            try:
+                return bytes(await self.fs._cat_file(path, start=start, end=stop))
+            except Exception as error:
+                if _status(error) == 416:  # the object ends before `start`
+                    return b""
+                raise
+
+        data = await self.attempt(get, stop - start)
+        return data[: stop - start]  # a server may know nothing of ranges
 
     async def fetch(self, path: str, destination: Path, num_bytes: int) -> None:
         async def get() -> int:
@@ -642,7 +660,13 @@ def _opened(url: str) -> Iterator[tuple[_Store, str]]:
     except Exception as error:
         logger.debug("%s", redact(traceback.format_exc()))
         # Not `from error`: what the clients raise carries signed URLs and request headers.
-        kind = UserError if isinstance(error, UserError) else StorageError
+        kind = (
+            UserError
+            if isinstance(error, UserError)
+            else MissingError
+            if isinstance(error, _MissingError)
+            else StorageError
+        )
         raise kind(redact(f"{url}: {_explanation(error)}")) from None
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shards import remote
+from shards.errors import MissingError as MissingError
 from shards.errors import StorageError as StorageError
 from shards.errors import UserError as UserError
 from shards.errors import command as command
@@ -83,6 +84,18 @@ def read_bytes(url: str) -> bytes:
         return remote.read_bytes(url)
     with explained(url):
         return local_path(url).read_bytes()
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of one object; fewer where it ends before.
+
+    Raises `MissingError` when there is none, `UserError` when it cannot be read.
+    """
+    if is_remote(url):
+        return remote.read_range(url, start, stop)
+    with explained(url), local_path(url).open("rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
 
 
 def read_text(url: str) -> str:

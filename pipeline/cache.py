@@ -1,0 +1,837 @@
+"""A node's cache of shards that lie on an object store: bounded, shared, filled ahead of need.
+
+The folder is all the state there is. Every process of the node, and of other jobs, works on it
+alone, and may be killed at any moment:
+
+    SHA256.tar              a shard whose size and hash were checked
+    SHA256.damaged          what the storage has in its place, after two attempts; never trusted
+    SHA256-URLHASH.meta     an index or a receipt, after a line with its own hash
+    *.part                  a download; whoever holds its `flock` is making it, and its size is
+                            reserved from the beginning
+    .lock                   held (`flock`) to make room: nothing else is counted or evicted then
+
+Nothing is forced to the disk: it can be fetched again, and samples carry a CRC-32. Which shard is
+needed when comes from the order (`Schedule`); what the bytes mean is `pipeline.stream`'s business.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from pipeline.order import ShardUse
+from shards import storage
+from shards.format import FormatError, ShardEntry
+from shards.storage import MissingError, UserError, redact
+
+T = TypeVar("T")
+
+PART_BYTES = 16 << 20
+"""Of one request; a download holds as much in memory."""
+NUM_ATTEMPTS = 2
+"""Of a download that arrives damaged; each request in it has the storage's own attempts."""
+NUM_DOWNLOADS = 6
+"""Of the look-ahead, side by side."""
+IDLE_S = 60.0
+"""A file unknown to this job and not read for so long is taken for nobody's."""
+TOUCH_S = 10.0
+"""How old the mark of a file's last use may be."""
+POLL_S = 0.02
+
+logger = logging.getLogger(__name__)
+
+_FILE = re.compile(r"([0-9a-f]{64})(?:-[0-9a-f]{16})?\.(tar|damaged|meta|part)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Uses = Callable[[int], Iterator[ShardUse]]
+"""From a step: which shards are needed when, in order of `first_step`."""
+
+
+class Shard(NamedTuple):
+    """A shard of the dataset at `root`."""
+
+    root: str
+    entry: ShardEntry
+
+    @property
+    def url(self) -> str:
+        return storage.join(self.root, self.entry.name)
+
+    @property
+    def is_remote(self) -> bool:
+        return storage.is_remote(self.root)
+
+
+class Need(NamedTuple):
+    """When something is needed; the smaller, the sooner. `depth` 0 is what runs now (a validation
+    within training), `depth` 1 what waits for it."""
+
+    depth: int
+    step: float
+
+
+@dataclass(frozen=True)
+class CachedFile:
+    """What eviction knows of a file. `need` is None where no schedule has a use for it."""
+
+    name: str
+    bytes: int
+    used_s: float
+    """when it was last read or made"""
+    need: Need | None
+    is_own: bool
+    """of this job's datasets"""
+    is_lingering: bool = False
+    """its last use is over, but for a process that lags behind"""
+
+
+def choose_victims(
+    files: Iterable[CachedFile], num_bytes: int, need: Need, *, now_s: float, speculative: bool
+) -> list[str] | None:
+    """The names of files to remove so that `num_bytes` come free for what is needed at `need`.
+
+    In this order: what nobody is known to need (of this job, or not read by another one for
+    `IDLE_S`), the least recently used first; what is needed later than `need`, the latest first
+    (Belady, 1966); what lingers; what others read just now; what is needed sooner. The last three
+    only for a reader that waits: a `speculative` download never does such harm. So two jobs that
+    share a folder leave each other the shards they work on, as long as both sets fit.
+
+    None when there is not so much to remove.
+    """
+
+    def rank(file: CachedFile) -> tuple[float, ...]:
+        if file.need is None:
+            if file.is_own or now_s - file.used_s >= IDLE_S:
+                return (0, file.used_s)
+            return (3, file.used_s)
+        latest_first = (-file.need.depth, -file.need.step, -file.bytes)
+        if file.is_lingering:
+            return (2, *latest_first)
+        return (1 if file.need > need else 4, *latest_first)
+
+    chosen: list[CachedFile] = []
+    freed_bytes = 0
+    for file in sorted(files, key=rank):
+        if freed_bytes >= num_bytes or (speculative and rank(file)[0] > 1):
+            break
+        chosen.append(file)
+        freed_bytes += file.bytes
+    if freed_bytes < num_bytes:
+        return None
+    for file in reversed(chosen):  # those whose room a later, larger one made unnecessary
+        if freed_bytes - file.bytes >= num_bytes:
+            chosen.remove(file)
+            freed_bytes -= file.bytes
+    return [file.name for file in chosen]
+
+
+class Schedule:
+    """What one reader will read: `uses` of `shards`, from `step` on, which its reader moves.
+
+    Processes of a node are not at one step: uses that ended up to `slack_steps` ago count as
+    needed still. Can be pickled where `uses` can.
+    """
+
+    def __init__(self, shards: Sequence[Shard], uses: Uses, *, step: int, slack_steps: int) -> None:
+        self.shards = shards
+        self.uses = uses
+        self.step = step
+        self.slack_steps = slack_steps
+        self.numbers: dict[str, list[int]] = defaultdict(list)
+        for number, shard in enumerate(shards):
+            self.numbers[shard.entry.sha256].append(number)
+
+
+class Timeline:
+    """When each shard of one schedule is needed next. Reads its uses lazily, and forgets those
+    that are over; asking with growing steps costs O(1) each in the mean."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        # A node may not see a shard for some epochs, and some never.
+        self._most_uses = 64 + 4 * len(schedule.shards)
+        self._begin(schedule.step - schedule.slack_steps)
+
+    def _begin(self, step: int) -> None:
+        self._since = max(0, step)
+        self._source = self._schedule.uses(self._since)
+        self._ahead: dict[int, deque[tuple[int, int]]] = defaultdict(deque)
+        self._num_uses = 0
+        self._middle_step: float = float("inf")
+
+    def next_use(self, shard: int) -> tuple[float, bool]:
+        """(first step at which it is needed, whether it lingers); infinity for never."""
+        step = self._schedule.step
+        since = max(0, step - self._schedule.slack_steps)
+        if since < self._since or (self._num_uses >= self._most_uses and since > self._middle_step):
+            self._begin(since)
+        uses = self._ahead[shard]
+        while uses and uses[0][1] < since:
+            uses.popleft()
+        lingers = bool(uses) and uses[0][1] < step
+        while not (uses and uses[-1][1] >= step) and self._read_more(since):
+            pass
+        return next((max(u[0], step) for u in uses if u[1] >= step), float("inf")), lingers
+
+    def _read_more(self, since: int) -> bool:
+        if self._num_uses >= self._most_uses:
+            return False
+        use = next(self._source, None)
+        if use is None:
+            return False
+        if use.last_step >= since:
+            for shard in use.shards:
+                self._ahead[shard].append((use.first_step, use.last_step))
+            self._num_uses += len(use.shards)
+            if self._num_uses >= self._most_uses // 2 and self._middle_step == float("inf"):
+                self._middle_step = use.first_step
+        return True
+
+
+class Outlook:
+    """One thread's view of all schedules: the thread that evicts has its own, because a fork may
+    come while another thread is inside an iterator."""
+
+    def __init__(self) -> None:
+        self._timelines: dict[Schedule, Timeline] = {}
+
+    def follow(self, schedules: Sequence[Schedule]) -> None:
+        """Looks at these schedules from now on."""
+        self._timelines = {
+            schedule: self._timelines.get(schedule) or Timeline(schedule) for schedule in schedules
+        }
+
+    def of(self, sha256: str) -> tuple[Need | None, bool]:
+        """When a shard is needed next, and whether it lingers."""
+        best: Need | None = None
+        lingers = False
+        for depth, (schedule, timeline) in enumerate(reversed(self._timelines.items())):
+            for number in schedule.numbers.get(sha256, ()):
+                step, lingers_there = timeline.next_use(number)
+                lingers = lingers or lingers_there
+                if step < float("inf") and (best is None or Need(depth, step) < best):
+                    best = Need(depth, step)
+        if best is None and lingers:
+            best = Need(len(self._timelines), float("inf"))
+        return best, lingers
+
+
+class Opened(NamedTuple):
+    """A descriptor to be closed by its reader, and whether the shard's hash was right."""
+
+    descriptor: int
+    is_verified: bool
+
+
+class _StoppedError(Exception):
+    """A speculative download that is not wanted any more."""
+
+
+class NodeCache:
+    """The cache in `folder`, whose files together never have more than `bound_bytes`.
+
+    May be used after a fork and pickled; it holds no descriptor and no client.
+    """
+
+    def __init__(self, folder: Path, bound_bytes: int) -> None:
+        self.folder = folder
+        self.bound_bytes = bound_bytes
+        self.schedules: tuple[Schedule, ...] = ()
+        """of readers at work; the last one is what the others wait for"""
+        self._own: set[str] = set()
+        self._outlook = Outlook()
+        self._rechecked: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_outlook": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._outlook = Outlook()
+
+    def adopt(self, shard: Shard) -> None:
+        """Takes a shard for this job's own. Raises `FormatError`: its hash cannot be a name."""
+        if not _SHA256.fullmatch(shard.entry.sha256):
+            raise FormatError(f"{shard.url}: {shard.entry.sha256!r} is no SHA-256")
+        self._own.add(shard.entry.sha256)
+
+    def forget_damage(self) -> None:
+        """A shard that was damaged may be in order by now."""
+        with storage.explained(str(self.folder)):
+            for path in self.folder.glob("*.damaged"):
+                path.unlink(missing_ok=True)
+
+    def holds(self, entry: ShardEntry) -> bool:
+        """Whether there is a file to read the shard from."""
+        return any(path.exists() for path in self._places(entry))
+
+    def held_bytes(self) -> int:
+        """The size of all files in the folder."""
+        return sum(stat.st_size for _, stat in self._scan())
+
+    def open(self, shard: Shard, schedule: Schedule | None = None) -> Opened:
+        """The shard's file, fetched when it is not there; open, so that no eviction can take it.
+
+        Raises:
+            UserError: the storage does not answer, or the cache can hold nothing.
+        """
+        need = Need(-1, 0) if schedule is None else self._need(schedule, schedule.step)
+        while True:
+            opened = self._look(shard.entry) or self._fetch(shard, need, self._outlook)
+            if opened is not None:
+                return opened
+
+    def prefetch(
+        self, shard: Shard, need: Need, outlook: Outlook, stopped: threading.Event
+    ) -> bool | None:
+        """Fetches a shard ahead of `need` and costs nobody anything for it.
+
+        True when it is there now, None when another process is fetching it, False without room.
+        """
+        try:
+            opened = self._look(shard.entry) or self._fetch(shard, need, outlook, stopped)
+        except _StoppedError:
+            return False
+        except _NoRoomError:
+            return False
+        if opened is None:
+            return None
+        _close(opened.descriptor)
+        return True
+
+    def text(
+        self,
+        shard: Shard,
+        name: str,
+        parse: Callable[[str, str], T],
+        outlook: Outlook | None = None,
+    ) -> T:
+        """`parse(text, url)` of a small file beside the shard; fetched once a node. `outlook` is
+        needed outside the main thread.
+
+        Raises what `parse` raises of the file as it is on the storage; UserError when there is
+        none or the storage does not answer.
+        """
+        url = storage.join(shard.root, name)
+        path = self.folder / f"{_meta_stem(shard.entry, url)}.meta"
+        text = _read_meta(path)
+        if text is not None:
+            try:
+                return parse(text, url)
+            except (UserError, FormatError):  # of another manifest's time
+                path.unlink(missing_ok=True)
+        with self._part(path.stem, wait=True) as part:
+            assert part is not None
+            text = _read_meta(path)
+            if text is None:
+                text = storage.read_text(url)
+                parsed = parse(text, url)
+                body = text.encode()
+                body = hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+                outlook = outlook or self._outlook
+                with contextlib.suppress(_NoRoomError), storage.explained(str(self.folder)):
+                    self._reserve(part, len(body), Need(-1, 0), outlook, speculative=True)
+                    _write(part, body, 0)
+                    path.with_suffix(".part").replace(path)
+                return parsed
+        return parse(text, url)
+
+    def recheck(self, shard: Shard) -> bool:
+        """After a sample of a verified file failed: whether to read it again.
+
+        The copy on this disk may have gone bad, or a small file beside it; both are dropped then,
+        once a shard and process.
+        """
+        entry = shard.entry
+        if entry.sha256 in self._rechecked:
+            return False
+        self._rechecked.add(entry.sha256)
+        for name in (entry.index_name, entry.receipt_name):
+            stem = _meta_stem(entry, storage.join(shard.root, name))
+            (self.folder / f"{stem}.meta").unlink(missing_ok=True)
+        path, _ = self._places(entry)
+        with self._part(entry.sha256, wait=True), storage.explained(str(path)):
+            try:
+                descriptor = _open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                return True
+            try:
+                if _sha256(descriptor) != entry.sha256 and _is_at(path, descriptor):
+                    path.unlink()
+                    _warn(f"{path}: went bad on this disk; it is fetched again")
+            except OSError:  # a bad sector
+                path.unlink(missing_ok=True)
+            finally:
+                _close(descriptor)
+        return True
+
+    def follow(self, schedule: Schedule) -> None:
+        self.schedules = (*self.schedules, schedule)
+
+    def unfollow(self, schedule: Schedule) -> None:
+        self.schedules = tuple(other for other in self.schedules if other is not schedule)
+
+    def _need(self, schedule: Schedule, step: float) -> Need:
+        behind = [other is schedule for other in reversed(self.schedules)]
+        return Need(behind.index(True) if True in behind else -1, step)
+
+    def _places(self, entry: ShardEntry) -> tuple[Path, Path]:
+        return self.folder / f"{entry.sha256}.tar", self.folder / f"{entry.sha256}.damaged"
+
+    def _look(self, entry: ShardEntry) -> Opened | None:
+        for path, is_verified in zip(self._places(entry), (True, False), strict=True):
+            with storage.explained(str(path)), contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                if time.time() - os.fstat(descriptor).st_mtime > TOUCH_S:
+                    with contextlib.suppress(OSError):  # another user's file
+                        os.utime(descriptor)
+                return Opened(descriptor, is_verified)
+        return None
+
+    def _fetch(
+        self,
+        shard: Shard,
+        need: Need,
+        outlook: Outlook,
+        stopped: threading.Event | None = None,
+    ) -> Opened | None:
+        """Downloads a shard; `stopped` makes it speculative. None when another process does."""
+        entry = shard.entry
+        speculative = stopped is not None
+        if entry.bytes > self.bound_bytes:
+            raise UserError(
+                f"{shard.url}: {entry.bytes} bytes, data.cache_bytes = {self.bound_bytes} cannot "
+                "hold it; raise it"
+            )
+        with self._part(entry.sha256, wait=not speculative) as part:
+            if part is None:
+                return None
+            opened = self._look(entry)
+            if opened is not None:
+                return opened
+            with storage.explained(str(self.folder)):
+                while not self._reserve(part, entry.bytes, need, outlook, speculative=speculative):
+                    time.sleep(POLL_S)  # until downloads of others are done, and can be evicted
+            good, damaged = self._places(entry)
+            cause, num_bytes = "", 0
+            for _ in range(NUM_ATTEMPTS):
+                cause, num_bytes = self._download(shard, part, stopped)
+                if not cause:
+                    good.with_suffix(".part").replace(good)
+                    return Opened(os.dup(part), True)
+            os.ftruncate(part, num_bytes)
+            good.with_suffix(".part").replace(damaged)
+            _warn(
+                f"{shard.url}: damaged ({cause}; {NUM_ATTEMPTS} attempts); its samples are judged "
+                "one by one"
+            )
+            return Opened(os.dup(part), False)
+
+    def _download(
+        self, shard: Shard, part: int, stopped: threading.Event | None
+    ) -> tuple[str, int]:
+        """(what is wrong with it, bytes that arrived)."""
+        entry, num_bytes = shard.entry, 0
+        while num_bytes < entry.bytes:
+            if stopped is not None and stopped.is_set():
+                raise _StoppedError
+            stop = min(num_bytes + PART_BYTES, entry.bytes)
+            try:
+                data = storage.read_range(shard.url, num_bytes, stop)
+            except MissingError:
+                return "there is no such object", 0
+            with storage.explained(str(self.folder)):
+                _write(part, data, num_bytes)
+            num_bytes += len(data)
+            if num_bytes < stop:
+                return f"{num_bytes} bytes, the manifest says {entry.bytes}", num_bytes
+        with storage.explained(str(self.folder)):
+            found = _sha256(part)
+        return "" if found == entry.sha256 else "its SHA-256 is not the manifest's", num_bytes
+
+    def _reserve(
+        self, part: int, num_bytes: int, need: Need, outlook: Outlook, *, speculative: bool
+    ) -> bool:
+        """Makes `part` a file of `num_bytes` for which there is room; False: not yet.
+
+        Raises:
+            _NoRoomError: not without harm to others, for what is speculative.
+            UserError: not ever.
+        """
+        with self._locked():
+            short_bytes = num_bytes - os.fstat(part).st_size - self.bound_bytes
+            found_files, others_bytes = [], 0
+            for name, stat in self._scan():
+                short_bytes += stat.st_size
+                found = _FILE.fullmatch(name)
+                if found is None:
+                    continue
+                if found[2] == "part":
+                    if stat.st_size and stat.st_ino != os.fstat(part).st_ino:
+                        freed_bytes = self._remove_dead(name)
+                        short_bytes -= freed_bytes
+                        others_bytes += stat.st_size - freed_bytes
+                    continue
+                found_files.append((name, found[1], stat))
+            if short_bytes > 0:
+                outlook.follow(self.schedules)
+                files = []
+                for name, sha256, stat in found_files:
+                    use, lingers = outlook.of(sha256)
+                    is_own = sha256 in self._own
+                    files.append(
+                        CachedFile(name, stat.st_size, stat.st_mtime, use, is_own, lingers)
+                    )
+                victims = choose_victims(
+                    files, short_bytes, need, now_s=time.time(), speculative=speculative
+                )
+                if victims is None:
+                    if speculative:
+                        raise _NoRoomError
+                    if not others_bytes:
+                        raise UserError(
+                            f"{self.folder}: no room for {num_bytes} bytes, data.cache_bytes = "
+                            f"{self.bound_bytes}; remove what is not pixloom's, or raise it"
+                        )
+                    return False
+                for name in victims:
+                    (self.folder / name).unlink(missing_ok=True)
+            os.ftruncate(part, num_bytes)
+            return True
+
+    def _remove_dead(self, name: str) -> int:
+        """Removes a download whose process is gone; returns its size, 0 for a living one."""
+        path = self.folder / name
+        try:
+            descriptor = _open(path, os.O_RDWR)
+        except FileNotFoundError:
+            return 0
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            num_bytes = os.fstat(descriptor).st_size
+            if not _is_at(path, descriptor):
+                return 0
+            path.unlink()
+            return num_bytes
+        except BlockingIOError:
+            return 0
+        finally:
+            _unlock(descriptor)
+
+    def _scan(self) -> list[tuple[str, os.stat_result]]:
+        found = []
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((entry.name, entry.stat(follow_symlinks=False)))
+        return found
+
+    @contextlib.contextmanager
+    def _part(self, stem: str, *, wait: bool) -> Iterator[int | None]:
+        """Holds the download of `stem`; yields its file, or None when another process has it.
+
+        The file is gone afterwards, unless it was renamed.
+        """
+        path = self.folder / f"{stem}.part"
+        with storage.explained(str(self.folder)):
+            while True:
+                descriptor = _open(path, os.O_RDWR | os.O_CREAT)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                except BlockingIOError:
+                    _close(descriptor)
+                    descriptor = -1
+                    break
+                except BaseException:
+                    _close(descriptor)
+                    raise
+                if _is_at(path, descriptor):
+                    break
+                _unlock(descriptor)  # renamed or removed while we waited
+        if descriptor < 0:
+            yield None
+            return
+        try:
+            yield descriptor
+        finally:
+            if _is_at(path, descriptor):
+                path.unlink(missing_ok=True)
+            _unlock(descriptor)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        descriptor = _open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            _unlock(descriptor)
+
+
+class _NoRoomError(Exception):
+    """There is no room that can be had without harm."""
+
+
+@functools.lru_cache
+def node_cache(folder: str, bound_bytes: int) -> NodeCache:
+    """The cache of `data.cache_dir` and `data.cache_bytes`; one object a process.
+
+    Raises:
+        UserError: the folder cannot be made, or is another user's.
+    """
+    default = Path(tempfile.gettempdir(), f"pixloom-cache-{os.getuid()}")
+    path = storage.local_path(folder) if folder else default
+    with storage.explained(str(path)):
+        path.mkdir(mode=0o777 if folder else 0o700, parents=True, exist_ok=True)
+        if not folder and path.stat().st_uid != os.getuid():
+            raise UserError(f"{path}: is another user's; name a folder by data.cache_dir")
+        cache = NodeCache(path, bound_bytes)
+        if not bound_bytes:
+            disk = os.statvfs(path)
+            cache.bound_bytes = (disk.f_bavail * disk.f_frsize + cache.held_bytes()) * 9 // 10
+    if Node.of_environment().is_first:
+        cache.forget_damage()
+    return cache
+
+
+class LookAhead:
+    """Daemon threads that fetch what a schedule needs next, in its order, as far as there is room.
+
+    What fails here fails again where it is needed, and is reported there.
+    """
+
+    def __init__(
+        self,
+        cache: NodeCache,
+        schedule: Schedule,
+        prepare: Callable[[int, Outlook], object],
+        num_threads: int = NUM_DOWNLOADS,
+    ) -> None:
+        self.num_fetched = 0
+        self.fetched_bytes = 0
+        self._cache = cache
+        self._schedule = schedule
+        self._prepare = prepare
+        self._outlook = Outlook()  # used under the folder's lock alone
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._scan = self._missing()
+        self._next_scan_s = 0.0
+        self._threads = [
+            threading.Thread(target=self._run, name=f"look-ahead-{number}", daemon=True)
+            for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Ends the threads, each after the request that it waits for; not for long."""
+        self._stopped.set()
+        deadline_s = time.monotonic() + 2.0
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                with self._lock:
+                    found = self._next()
+                if found is None:
+                    self._stopped.wait(0.1)
+                    continue
+                number, need = found
+                shard = self._schedule.shards[number]
+                done = self._cache.prefetch(shard, need, self._outlook, self._stopped)
+                if done:
+                    with self._lock:
+                        self.num_fetched += 1
+                        self.fetched_bytes += shard.entry.bytes
+                    self._prepare(number, self._outlook)
+                elif done is False:
+                    with self._lock:
+                        self._scan = iter(())  # what comes later has no room either
+            except Exception as error:
+                logger.debug("look-ahead: %s", redact(repr(error)))
+                self._stopped.wait(2.0)
+
+    def _next(self) -> tuple[int, Need] | None:
+        found = next(self._scan, None)
+        if found is None and time.monotonic() >= self._next_scan_s:
+            begin_s = time.monotonic()
+            self._scan = self._missing()
+            found = next(self._scan, None)
+            # Looking takes a system call a shard: it shall be little beside the training.
+            end_s = time.monotonic()
+            self._next_scan_s = end_s + max(0.1, 20 * (end_s - begin_s))
+        return found
+
+    def _missing(self) -> Iterator[tuple[int, Need]]:
+        """Shards that are not in the cache, in the order in which they are needed, up to as many
+        as it could hold."""
+        schedule, cache = self._schedule, self._cache
+        seen: set[int] = set()
+        ahead_bytes = 0
+        num_uses, most_uses = 0, 64 + 4 * len(schedule.shards)
+        for use in schedule.uses(schedule.step):
+            for number in use.shards:
+                num_uses += 1
+                shard = schedule.shards[number]
+                if number in seen or not shard.is_remote:
+                    continue
+                seen.add(number)
+                ahead_bytes += shard.entry.bytes
+                if ahead_bytes > cache.bound_bytes:
+                    return
+                if not cache.holds(shard.entry):
+                    yield number, cache._need(schedule, max(use.first_step, schedule.step))
+            if num_uses > most_uses:
+                return
+
+
+@dataclass(frozen=True)
+class Node:
+    """The processes of one machine, as the launcher's environment tells them."""
+
+    ranks: range
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def of_environment(cls) -> "Node":
+        rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        first, num_local = rank - local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return cls(range(first, first + max(num_local, local_rank + 1)), world_size, local_rank)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that works for all of the node."""
+        return self.local_rank == 0
+
+    @property
+    def all(self) -> list["Node"]:
+        """Every node where ranks are evenly spread, else this one alone."""
+        size = len(self.ranks)
+        if self.world_size % size or self.ranks.start % size:
+            return [self]
+        return [
+            Node(range(first, first + size), self.world_size, 0)
+            for first in range(0, self.world_size, size)
+        ]
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a node reads of an epoch."""
+
+    num_shards: int
+    bytes: int
+    num_working: int
+    working_bytes: int
+    """of remote shards that are needed at one step, at most"""
+
+
+def reads_of(shards: Sequence[Shard], uses: Iterable[ShardUse], stop: int) -> Reads:
+    """Sums up uses that begin before step `stop`."""
+    seen: set[int] = set()
+    active: deque[ShardUse] = deque()
+    most = (0, 0)
+    for use in uses:
+        if use.first_step >= stop:
+            break
+        seen.update(use.shards)
+        active.append(use)
+        while active[0].last_step < use.first_step:
+            active.popleft()
+        working = {
+            shards[number].entry.sha256: shards[number].entry.bytes
+            for one in active
+            if one.last_step >= use.first_step
+            for number in one.shards
+            if shards[number].is_remote
+        }
+        most = max(most, (sum(working.values()), len(working)))
+    return Reads(len(seen), sum(shards[n].entry.bytes for n in seen), most[1], most[0])
+
+
+_held_descriptors: set[int] = set()
+
+
+def _open(path: Path, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    _held_descriptors.add(descriptor)
+    return descriptor
+
+
+def _close(descriptor: int) -> None:
+    _held_descriptors.discard(descriptor)
+    os.close(descriptor)
+
+
+def _unlock(descriptor: int) -> None:
+    """Lets the lock go at once: a child that was forked meanwhile may hold the descriptor too."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    _close(descriptor)
+
+
+def _close_after_fork() -> None:
+    """What other threads had open: it would keep evicted files on the disk as long as we live."""
+    for descriptor in list(_held_descriptors):
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _held_descriptors.clear()
+
+
+os.register_at_fork(after_in_child=_close_after_fork)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _write(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(descriptor, view, offset)
+        view, offset = view[done:], offset + done
+
+
+def _sha256(descriptor: int) -> str:
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _meta_stem(entry: ShardEntry, url: str) -> str:
+    return f"{entry.sha256}-{hashlib.blake2b(url.encode(), digest_size=8).hexdigest()}"
+
+
+def _read_meta(path: Path) -> str | None:
+    try:
+        digest, _, body = path.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        path.unlink(missing_ok=True)
+        return None
+    return body.decode()
+
+
+def _warn(line: str) -> None:
+    print(redact(f"pixloom: warning: {line}"), file=sys.stderr, flush=True)
