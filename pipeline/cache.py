@@ -344,7 +344,7 @@ class NodeCache:
                 with contextlib.suppress(_NoRoomError), storage.explained(str(self.folder)):
                     self._reserve(part, len(body), Need(-1, 0), outlook, speculative=True)
                     _write(part, body, 0)
-                    path.with_suffix(".part").replace(path)
+                    self._keep(path)
                 return parsed
         return parse(text, url)
 
@@ -429,10 +429,10 @@ class NodeCache:
             for _ in range(NUM_ATTEMPTS):
                 cause, num_bytes = self._download(shard, part, stopped)
                 if not cause:
-                    good.with_suffix(".part").replace(good)
+                    self._keep(good)
                     return Opened(os.dup(part), True)
             os.ftruncate(part, num_bytes)
-            good.with_suffix(".part").replace(damaged)
+            self._keep(damaged)
             _warn(
                 f"{shard.url}: damaged ({cause}; {NUM_ATTEMPTS} attempts); its samples are judged "
                 "one by one"
@@ -510,6 +510,12 @@ class NodeCache:
                     (self.folder / name).unlink(missing_ok=True)
             os.ftruncate(part, num_bytes)
             return True
+
+    def _keep(self, path: Path) -> None:
+        """Gives a download its final name. Under the lock, for who counts while a file is renamed
+        may be shown neither name."""
+        with storage.explained(str(path)), self._locked():
+            path.with_suffix(".part").replace(path)
 
     def _remove_dead(self, name: str) -> int:
         """Removes a download whose process is gone; returns its size, 0 for a living one."""

@@ -24,6 +24,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -352,7 +353,13 @@ class FaultyProxy:
     the content of each object was sent, whole or not.
     """
 
-    def __init__(self, endpoint: str, seed: int = 0) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        seed: int = 0,
+        listening: AbstractContextManager[None] | None = None,
+    ) -> None:
+        """`listening` is entered while the socket for clients is made, as in another namespace."""
         split = urlsplit(endpoint)
         assert split.hostname is not None
         assert split.port is not None
@@ -377,7 +384,8 @@ class FaultyProxy:
             daemon_threads = True
             request_queue_size = 64
 
-        self._server = TcpServer(("127.0.0.1", 0), Handler)
+        with listening or contextlib.nullcontext():
+            self._server = TcpServer(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(
             target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
