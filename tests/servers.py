@@ -348,7 +348,8 @@ class FaultyProxy:
     - `stall`: after half of the request's body nothing is read nor sent any more, until the client
       gives up or the proxy is closed.
 
-    `counts` tells how often each kind was injected, `operations` what was asked.
+    `counts` tells how often each kind was injected, `operations` what was asked, `gets` which
+    objects (`/BUCKET/KEY`).
     """
 
     def __init__(self, endpoint: str, seed: int = 0) -> None:
@@ -362,6 +363,7 @@ class FaultyProxy:
         self._closed = threading.Event()
         self.counts: Counter[str] = Counter()
         self.operations: Counter[str] = Counter()
+        self.gets: Counter[str] = Counter()
         self.stalled = 0
         """Stalls that have come to their standstill."""
         proxy = self
@@ -411,6 +413,7 @@ class FaultyProxy:
             self._faults.clear()
             self.counts.clear()
             self.operations.clear()
+            self.gets.clear()
             self.stalled = 0
 
     def close(self) -> None:
@@ -443,6 +446,9 @@ class FaultyProxy:
         }
         num_bytes = int(headers.get("content-length", 0))
         operation = _operation(method, target)
+        if operation == "get":
+            with self._lock:
+                self.gets[urlsplit(target).path] += 1
         kind = self._draw(operation, num_bytes)
         if headers.get("expect", "").lower() == "100-continue":
             client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
