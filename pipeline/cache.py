@@ -165,8 +165,8 @@ class Timeline:
         self._begin(schedule.step - schedule.slack_steps)
 
     def _begin(self, step: int) -> None:
-        self._since = max(0, step)
-        self._source = self._schedule.uses(self._since)
+        self._asked = max(0, step)
+        self._source = self._schedule.uses(self._asked)
         self._ahead: dict[int, deque[tuple[int, int]]] = defaultdict(deque)
         self._num_uses = 0
         self._middle_step: float = float("inf")
@@ -175,8 +175,9 @@ class Timeline:
         """(first step at which it is needed, whether it lingers); infinity for never."""
         step = self._schedule.step
         since = max(0, step - self._schedule.slack_steps)
-        if since < self._since or (self._num_uses >= self._most_uses and since > self._middle_step):
+        if since < self._asked or (self._num_uses >= self._most_uses and since > self._middle_step):
             self._begin(since)
+        self._asked = since
         uses = self._ahead[shard]
         while uses and uses[0][1] < since:
             uses.popleft()

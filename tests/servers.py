@@ -350,7 +350,7 @@ class FaultyProxy:
       gives up or the proxy is closed.
 
     `counts` tells how often each kind was injected, `operations` what was asked, `gets` how often
-    the content of each object was sent, whole or not.
+    the content of each object (`/BUCKET/KEY`) was sent, whole or not.
     """
 
     def __init__(

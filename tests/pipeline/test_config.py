@@ -129,6 +129,8 @@ def test_only_keys_that_cannot_reach_the_result_may_change(tmp_path: Path) -> No
         "run.log_every_steps",
         "data.url",
         "data.workers",
+        "data.cache_dir",
+        "data.cache_bytes",
         "data.max_bad",
         "validate.patience",
         "checkpoint.every_steps",
