@@ -21,6 +21,7 @@ stdout's last line.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import random
@@ -255,27 +256,25 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(drawn: dict[tuple[Layout, str], Positions], out: Path) -> None:
-    """A row for each large layout, a column for each method."""
+    """Small multiples: for each large layout, a picture for each method."""
     names = [name for layout, name in drawn if layout == LARGE[0]]
-    figure, grid = plt.subplots(
-        len(LARGE),
-        len(names),
-        figsize=(1.9 * len(names), 2.3 * len(LARGE)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for row, layout in zip(grid, LARGE, strict=True):
-        for axes, name in zip(row, names, strict=True):
+    columns = -(-len(names) // 2)
+    figure = plt.figure(figsize=(1.9 * columns, 4.9 * len(LARGE)), layout="constrained")
+    parts = figure.subfigures(len(LARGE), 1)
+    for part, layout in zip(parts, LARGE, strict=True):
+        part.suptitle(str(layout))
+        part.supxlabel("place in the epoch")
+        part.supylabel("original position")
+        grid = part.subplots(2, columns, sharex=True, sharey=True)
+        for axes, name in itertools.zip_longest(grid.flat, names):
+            if name is None:
+                axes.set_axis_off()
+                continue
             positions = drawn[layout, name]
             place = np.sort(np.random.default_rng(0).choice(len(positions), 6000, replace=False))
             axes.plot(place / len(positions), positions[place] / layout.samples, ",", color="C0")
             axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 1], yticks=[0, 1])
-            if row is grid[0]:
-                axes.set_title(name.replace(", ", "\n"), fontsize=9)
-        row[0].set_ylabel(f"shards of {layout.per_shard}\noriginal position")
-    figure.supxlabel("place in the epoch")
+            axes.set_title(name.replace(", ", "\n", 1), fontsize=8)
     figure.savefig(out, dpi=110)
 
 
