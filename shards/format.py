@@ -5,12 +5,16 @@ them at training time is `pipeline.stream`. A field that is added, removed or re
 raises `FORMAT_VERSION`.
 """
 
+import contextlib
 import dataclasses
+import functools
+import gc
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from json.encoder import encode_basestring_ascii
+from typing import Any, Literal, NamedTuple
 
 FORMAT_VERSION = 1
 
@@ -55,9 +59,11 @@ class TokenizerEntry:
     longest: int
 
 
-@dataclass(frozen=True)
-class ShardEntry:
-    """One tar shard. `name` is relative to the dataset's root, as in `train/000000.tar`."""
+class ShardEntry(NamedTuple):
+    """One tar shard. `name` is relative to the dataset's root, as in `train/000000.tar`.
+
+    A tuple, for a manifest may hold 100,000 of them and each start of a run makes them all.
+    """
 
     name: str
     samples: int
@@ -84,31 +90,38 @@ class Manifest:
     skips: Mapping[str, int]
     plan_hash: str
 
-    @property
+    @functools.cached_property
     def data_digest(self) -> str:
         """SHA-256 over what training can see: the shards of every split and the tokenizer."""
-        lines = [
-            f"{split} {shard.name} {shard.samples} {shard.sha256}"
-            for split, shards in sorted(self.splits.items())
-            for shard in shards
-        ]
-        if self.tokenizer is not None:
-            lines.append(f"tokenizer {self.tokenizer.sha256}")
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return _sha256(_data_lines(self.splits, self.tokenizer))
 
     def num_samples(self, split: str) -> int:
         return sum(shard.samples for shard in self.splits[split])
 
     def to_json(self) -> str:
-        head = {"format": "pixloom", "version": FORMAT_VERSION}
-        body = {**head, **dataclasses.asdict(self), "data_digest": self.data_digest}
-        return json.dumps({**body, "manifest_sha256": _digest(body)}, indent=1) + "\n"
+        body = {
+            "format": "pixloom",
+            "version": FORMAT_VERSION,
+            "kind": self.kind,
+            "splits": self.splits,
+            "image": dataclasses.asdict(self.image),
+            "tokenizer": dataclasses.asdict(self.tokenizer) if self.tokenizer else None,
+            "skips": self.skips,
+            "plan_hash": self.plan_hash,
+            "data_digest": self.data_digest,
+        }
+        own = _sha256(_canonical(body))
+        body["splits"] = {
+            split: [shard._asdict() for shard in shards] for split, shards in self.splits.items()
+        }
+        return json.dumps({**body, "manifest_sha256": own}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
         """Raises `FormatError` naming `where` when the text is no manifest of this version."""
         try:
-            body = _object(text, where)
+            with _no_garbage_collection():
+                body = _object(text, where)
             if body.get("format") != "pixloom":
                 raise FormatError(f"{where}: not a pixloom manifest")
             if body["version"] != FORMAT_VERSION:
@@ -120,20 +133,18 @@ class Manifest:
             image, tokenizer = body["image"], body["tokenizer"]
             manifest = cls(
                 kind=body["kind"],
-                splits={
-                    str(split): tuple(_shard_entry(shard) for shard in shards)
-                    for split, shards in body["splits"].items()
-                },
+                splits={split: _shard_entries(shards) for split, shards in body["splits"].items()},
                 image=ImagePolicy(**{**image, "background": tuple(image["background"])}),
                 tokenizer=TokenizerEntry(**tokenizer) if tokenizer is not None else None,
                 skips=_skips(body["skips"]),
                 plan_hash=str(body["plan_hash"]),
             )
+            own = _sha256(_canonical({**body, "splits": manifest.splits}))
         except FormatError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FormatError(f"{where}: damaged manifest ({error!r})") from error
-        if claimed != _digest(body) or body.get("data_digest") != manifest.data_digest:
+        if claimed != own or body.get("data_digest") != manifest.data_digest:
             raise FormatError(
                 f"{where}: the manifest's own digest does not match; it was edited: run "
                 "`pixloom pack` again"
@@ -153,7 +164,7 @@ class Receipt:
     plan_hash: str
 
     def to_json(self) -> str:
-        body = {"version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        body = {"version": FORMAT_VERSION, **vars(self), "shard": self.shard._asdict()}
         return json.dumps(body, separators=(",", ":")) + "\n"
 
     @classmethod
@@ -164,7 +175,7 @@ class Receipt:
             if body["version"] != FORMAT_VERSION:
                 raise FormatError(f"{where}: receipt of another format version")
             receipt = cls(
-                shard=_shard_entry(body["shard"]),
+                shard=_shard_entries([body["shard"]])[0],
                 crc32=tuple(_count(number) for number in body["crc32"]),
                 num_tokens=tuple(_count(number) for number in body["num_tokens"]),
                 skips=_skips(body["skips"]),
@@ -244,16 +255,94 @@ def parse_index(text: str, where: str) -> list[SampleSpan]:
     return spans
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
+_BLOCK = 4096
+"""Shards whose text is made at a time: that of all of them is longer than they are themselves."""
 
 
-def _shard_entry(body: Mapping[str, Any]) -> ShardEntry:
-    entry = ShardEntry(**body)
-    for number in (entry.samples, entry.bytes):
-        _count(number)
-    return entry
+def _sha256(pieces: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece.encode())
+    return digest.hexdigest()
+
+
+def _data_lines(
+    splits: Mapping[str, Sequence[ShardEntry]], tokenizer: TokenizerEntry | None
+) -> Iterator[str]:
+    """Lines of text in pieces, with line ends between them only."""
+    between = ""
+    for split, shards in sorted(splits.items()):
+        for first in range(0, len(shards), _BLOCK):
+            block = shards[first : first + _BLOCK]
+            lines = [f"{split} {name} {samples} {sha256}" for name, samples, _, sha256 in block]
+            yield between + "\n".join(lines)
+            between = "\n"
+    if tokenizer is not None:
+        yield f"{between}tokenizer {tokenizer.sha256}"
+
+
+def _canonical(body: Mapping[str, Any]) -> Iterator[str]:
+    """`body`, whose `splits` hold `ShardEntry`s, as JSON with sorted keys and no spaces.
+
+    The text of the shards is made here and in blocks: `json` would need each as a dictionary, and
+    take twice the time and all of the text at once.
+    """
+    yield "{"
+    for place, name in enumerate(sorted(body)):
+        yield f"{',' if place else ''}{json.dumps(name)}:"
+        if name == "splits":
+            yield from _canonical_splits(body[name])
+        else:
+            yield json.dumps(body[name], sort_keys=True, separators=(",", ":"))
+    yield "}"
+
+
+def _canonical_splits(splits: Mapping[str, Sequence[ShardEntry]]) -> Iterator[str]:
+    text = encode_basestring_ascii
+    yield "{"
+    for place, split in enumerate(sorted(splits)):
+        yield f"{',' if place else ''}{text(split)}:["
+        for first in range(0, len(splits[split]), _BLOCK):
+            block = splits[split][first : first + _BLOCK]
+            items = [
+                f'{{"bytes":{size},"name":{text(name)},"samples":{samples},"sha256":{text(sha256)}}}'
+                for name, samples, size, sha256 in block
+            ]
+            yield ("," if first else "") + ",".join(items)
+        yield "]"
+    yield "}"
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """For making many objects that all stay: the collector would walk them again and again, which
+    took longer than making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _shard_entry(body: dict[str, Any]) -> Any:
+    """What JSON objects become: a shard, as soon as it is read, for dictionaries take three times
+    the memory. Only shards have `bytes`; any other object stays as it is."""
+    return ShardEntry(**body) if "bytes" in body else body
+
+
+def _shard_entries(shards: Iterable[Any]) -> tuple[ShardEntry, ...]:
+    """Raises `TypeError` or `ValueError` when one is no shard."""
+    entries = tuple(shards)
+    for entry in entries:
+        if type(entry) is not ShardEntry:
+            raise TypeError(f"{entry!r} is no shard")
+        if type(entry.samples) is not int or type(entry.bytes) is not int:
+            raise TypeError(f"{entry!r} has a count that is none")
+        if entry.samples < 0 or entry.bytes < 0:
+            raise ValueError(f"{entry!r} has a count below 0")
+    return entries
 
 
 def _skips(body: Mapping[str, Any]) -> dict[str, int]:
@@ -268,7 +357,7 @@ def _count(value: Any) -> int:
 
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
-        body = json.loads(text)
+        body = json.loads(text, object_hook=_shard_entry)
     except ValueError as error:
         raise FormatError(f"{where}: not JSON ({error})") from error
     if not isinstance(body, dict):
