@@ -8,17 +8,22 @@ Legend of shape suffixes: B batch, C channels, H height, W width, T tokens (with
 """
 
 import dataclasses
+import functools
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipeline.order import sample_hash
-from shards import images, tokens
-from shards.format import IMAGE_EXTENSIONS, PAD, TOKENS_EXTENSION
+from shards import images, storage, tokens
+from shards.format import PAD, TOKENS_EXTENSION, code_extension, image_extension
+from shards.storage import UserError
 
 
 class SampleError(Exception):
@@ -32,6 +37,19 @@ class RawSample:
     where: str
     key: str
     members: dict[str, memoryview]
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """The tokenizer of a dataset, for samples that hold text alone; read when the first one comes,
+    once a process."""
+
+    url: str
+    sha256: str
+
+    def encode(self, code: str) -> list[int]:
+        """The ids with <bos> and <eos>. Raises `UserError` when the file is not the manifest's."""
+        return tokens.encode(_load_tokenizer(self.url, self.sha256), code)
 
 
 @dataclass(frozen=True)
@@ -84,6 +102,7 @@ def assemble(
     augment_keys: Sequence[int],
     image_CHW: tuple[int, int, int],
     with_tokens: bool,
+    tokenizer: TokenizerFile | None = None,
     step: int,
     micro: int,
     first_place: int,
@@ -103,7 +122,9 @@ def assemble(
                 raise ValueError(
                     f"HxWxC {image_HWC.shape}, the manifest says {(height, width, channels)}"
                 )
-            token = read_tokens(sample) if with_tokens else torch.empty(0, dtype=torch.int64)
+            token = torch.empty(0, dtype=torch.int64)
+            if with_tokens:
+                token = read_tokens(sample, tokenizer)
             weight = 1.0
         except (SampleError, images.ImageRefused, ValueError, KeyError) as error:
             text = " ".join(str(error).split())
@@ -130,13 +151,30 @@ def assemble(
 
 def decode(sample: RawSample, channels: int) -> NDArray[np.uint8]:
     """The image as uint8 (H, W, C). Raises `ImageRefused`, or KeyError when there is none."""
-    for extension in IMAGE_EXTENSIONS:
-        if extension in sample.members:
-            return images.decode(bytes(sample.members[extension]), channels)
-    raise KeyError(f"no image among its members {', '.join(sample.members)}")
+    extension = image_extension(sample.members)
+    if extension is None:
+        raise KeyError(f"no image among its members {', '.join(sample.members)}")
+    return images.decode(bytes(sample.members[extension]), channels)
 
 
-def read_tokens(sample: RawSample) -> Tensor:
-    """The token ids as int64 (T), with <bos> and <eos>. Raises FormatError or KeyError."""
+def read_tokens(sample: RawSample, tokenizer: TokenizerFile | None = None) -> Tensor:
+    """The token ids as int64 (T), with <bos> and <eos>; without ids, of the text by `tokenizer`.
+
+    Raises ValueError or KeyError for the sample, `UserError` for the tokenizer.
+    """
+    code = code_extension(sample.members)
+    if TOKENS_EXTENSION not in sample.members and code is not None and tokenizer is not None:
+        text = bytes(sample.members[code]).decode("utf-8-sig")
+        return torch.tensor(tokenizer.encode(text), dtype=torch.int64)
     ids = tokens.from_npy(bytes(sample.members[TOKENS_EXTENSION]), sample.where)
     return torch.from_numpy(ids.astype(np.int64))
+
+
+@functools.lru_cache(maxsize=8)
+def _load_tokenizer(url: str, sha256: str) -> Tokenizer:
+    # Its threads would not survive a fork into loader workers, and one text needs none.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    data = storage.read_bytes(url)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{url}: not the tokenizer that the manifest names; index again")
+    return tokens.load_tokenizer(data.decode(), url)

@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline import rng
-from pipeline.batch import Batch, RawSample, SampleError, assemble
+from pipeline.batch import Batch, RawSample, SampleError, TokenizerFile, assemble
 from pipeline.order import Order, SampleIds
 from shards import storage
 from shards.format import FormatError, Receipt, SampleSpan, ShardEntry, parse_index
@@ -147,12 +147,14 @@ class BatchDataset(Dataset[Batch]):
         *,
         image_CHW: tuple[int, int, int],
         with_tokens: bool,
+        tokenizer: TokenizerFile | None = None,
         seed: int = 0,
     ) -> None:
         self.reader = reader
         self.image_CHW = image_CHW
         self.seed = seed
         self.with_tokens = with_tokens
+        self.tokenizer = tokenizer
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
         """Reads and decodes one batch.
@@ -176,6 +178,7 @@ class BatchDataset(Dataset[Batch]):
             augment_keys=augment_keys,
             image_CHW=self.image_CHW,
             with_tokens=self.with_tokens,
+            tokenizer=self.tokenizer,
             step=plan.step,
             micro=plan.micro,
             first_place=plan.first_place,

@@ -21,7 +21,8 @@ TOKENIZER_NAME = "tokenizer.json"
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
-IMAGE_EXTENSIONS = ("png", "jpg", "webp")
+IMAGE_EXTENSIONS = ("png", "jpg", "webp", "jpeg")
+"""`pack` writes the first three; adopted shards have any, in any case, also after a name."""
 TOKENS_EXTENSION = "tokens.npy"
 TAR_BLOCK_BYTES = 512
 
@@ -83,6 +84,8 @@ class Manifest:
     tokenizer: TokenizerEntry | None
     skips: Mapping[str, int]
     plan_hash: str
+    selection: str = ""
+    """Of adopted shards: SHA-256 over what is used of them. Only there is it in the file."""
 
     @property
     def data_digest(self) -> str:
@@ -94,6 +97,8 @@ class Manifest:
         ]
         if self.tokenizer is not None:
             lines.append(f"tokenizer {self.tokenizer.sha256}")
+        if self.selection:
+            lines.append(f"selection {self.selection}")
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def num_samples(self, split: str) -> int:
@@ -102,6 +107,8 @@ class Manifest:
     def to_json(self) -> str:
         head = {"format": "pixloom", "version": FORMAT_VERSION}
         body = {**head, **dataclasses.asdict(self), "data_digest": self.data_digest}
+        if not self.selection:
+            del body["selection"]
         return json.dumps({**body, "manifest_sha256": _digest(body)}, indent=1) + "\n"
 
     @classmethod
@@ -128,6 +135,7 @@ class Manifest:
                 tokenizer=TokenizerEntry(**tokenizer) if tokenizer is not None else None,
                 skips=_skips(body["skips"]),
                 plan_hash=str(body["plan_hash"]),
+                selection=str(body.get("selection", "")),
             )
         except FormatError:
             raise
@@ -206,6 +214,25 @@ class SampleSpan:
     @property
     def size(self) -> int:
         return self.members[-1].offset + self.members[-1].size - self.offset
+
+
+def image_extension(extensions: Iterable[str]) -> str | None:
+    """The one among a sample's extensions that is its image's, as `png`, `JPG` or `left.jpeg`."""
+    return next((one for one in extensions if _is_image(one)), None)
+
+
+def code_extension(extensions: Iterable[str]) -> str | None:
+    """The one among the extensions of a sample of a pair that is its code's.
+
+    `pack` writes `txt`. The index of an adopted shard lists the text that was chosen, and no
+    other member beside image and tokens.
+    """
+    others = [one for one in extensions if one != TOKENS_EXTENSION and not _is_image(one)]
+    return next((one for one in others if one == "txt" or len(others) == 1), None)
+
+
+def _is_image(extension: str) -> bool:
+    return extension.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
 def format_index(spans: Iterable[SampleSpan]) -> str:

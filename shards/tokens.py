@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from shards.format import BOS, EOS, SPECIAL_TOKENS, UNK, FormatError
 from shards.storage import UserError
@@ -26,6 +26,7 @@ _NPY_HEADER = re.compile(
 )
 
 _SPLIT = pre_tokenizers.Split(Regex(WORD_PATTERN), "removed", invert=True)
+_SPLIT_CHARS = pre_tokenizers.Split(Regex(r"[\s\S]"), "removed", invert=True)
 
 
 def words(code: str) -> list[str]:
@@ -38,17 +39,30 @@ def train_word_tokenizer(counts: Mapping[str, int], min_frequency: int) -> str:
 
     Ids follow the special tokens, most frequent word first, equal counts in code point order.
     """
+    tokenizer = _new_tokenizer(counts, min_frequency)
+    tokenizer.pre_tokenizer = _SPLIT
+    return str(tokenizer.to_str(pretty=True)) + "\n"
+
+
+def train_char_tokenizer(counts: Mapping[str, int]) -> str:
+    """The `tokenizer.json` whose vocabulary is every character counted; white space is kept."""
+    tokenizer = _new_tokenizer(counts, 1)
+    tokenizer.pre_tokenizer = _SPLIT_CHARS
+    tokenizer.decoder = decoders.Fuse()
+    return str(tokenizer.to_str(pretty=True)) + "\n"
+
+
+def _new_tokenizer(counts: Mapping[str, int], min_frequency: int) -> Tokenizer:
     kept = [word for word, count in counts.items() if count >= min_frequency]
     kept.sort(key=lambda word: (-counts[word], word))
     vocabulary = {token: at for at, token in enumerate((*SPECIAL_TOKENS, *kept))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS[UNK]))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    tokenizer.pre_tokenizer = _SPLIT
     bos, eos = SPECIAL_TOKENS[BOS], SPECIAL_TOKENS[EOS]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {eos}", special_tokens=[(bos, BOS), (eos, EOS)]
     )
-    return str(tokenizer.to_str(pretty=True)) + "\n"
+    return tokenizer
 
 
 def load_tokenizer(text: str, where: str) -> Tokenizer:
