@@ -111,7 +111,9 @@ def make_policy(
 
 def read_size(data: bytes, formats: tuple[str, ...] = FORMATS) -> tuple[int, int]:
     """The upright (width, height) that the header states. Raises `ImageRefused`."""
-    with _opened(data, formats) as image:
+    with _opened(data, FORMATS) as image:
+        if image.format in FORMATS and image.format not in formats:
+            raise ImageRefused("unsupported_format")
         return _upright_size(image.size, _orientation(image))
 
 

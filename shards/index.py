@@ -479,7 +479,8 @@ def _exclusive(root: str) -> Iterator[Path]:
 def _first_samples(
     root: str, shards: Sequence[str], scratch: Path
 ) -> tuple[str, dict[str, set[str]]]:
-    """The first shard that has members, and its samples' extensions."""
+    """The first shard that has members and is whole, and its samples' extensions."""
+    problems = []
     for name in shards:
         url = join(root, name)
         path = scratch / "first.tar"
@@ -490,11 +491,14 @@ def _first_samples(
         with storage.explained(url), path.open("rb") as file:
             try:
                 found = foreign.list_extensions(file, name)
-            except FormatError:
-                continue  # Named with all others, later.
+            except FormatError as error:
+                problems.append(str(error))
+                continue
         if found:
             return name, found
-    raise UserError(f"{root}: no shard has a sample, or all are damaged")
+    if problems:
+        raise DamagedShardsError(problems)
+    raise UserError(f"{root}: its shards are empty")
 
 
 def _adoption_of(
@@ -679,8 +683,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _exclusive(args.root) as scratch:
             files = storage.list_files(args.root)
             shards = find_shards(args.root, files)
-            adoption, tokenizer_json = _adoption_of(args, shards, scratch)
             try:
+                adoption, tokenizer_json = _adoption_of(args, shards, scratch)
                 done = index(
                     args.root,
                     files,
