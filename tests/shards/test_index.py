@@ -7,7 +7,9 @@ import json
 import os
 import random
 import subprocess
+import sys
 import tarfile
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from servers import Server
 
-from pipeline import train
+from pipeline import order, train
 from pipeline.batch import TokenizerFile, decode, read_tokens
 from pipeline.stream import SampleReader, Shard
 from shards import foreign, images, index, pack, show, storage, tokens, verify
@@ -29,6 +31,7 @@ from shards.foreign import Adoption
 from shards.format import FormatError, Manifest, Receipt, parse_index
 from shards.storage import UserError
 
+ROOT = Path(__file__).parents[2]
 PNG_SIZE = (40, 24)
 
 PAIRS = Adoption("pairs", ("png", "jpg"), "txt", "word", 3, {})
@@ -157,6 +160,28 @@ def test_again_there_is_nothing_to_do_and_workers_change_no_byte(
     assert hash_tree(one) == done
 
 
+def test_a_kill_costs_nothing_but_time(tmp_path: Path, hash_tree: HashTree) -> None:
+    data = shard(40)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        for number in range(30):
+            (tmp_path / name / f"{number:03d}.tar").write_bytes(data)
+    assert run(tmp_path / "whole") == 0
+    killed = tmp_path / "killed"
+    words = [sys.executable, "-m", "shards.index", str(killed), "--workers", "1"]
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (killed / "003.json").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (killed / "manifest.json").exists()
+    with pytest.raises(UserError, match="is missing"):
+        load(killed)
+    assert run(killed) == 0
+    assert hash_tree(killed) == hash_tree(tmp_path / "whole")
+
+
 def test_training_reads_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,7 +209,11 @@ def test_training_reads_them(
     assert [row["bad_samples"] for row in rows if "split" not in row][-1] == 0
     err = capfd.readouterr().err
     assert "forked" not in err
-    assert "weight 0" not in err
+    step = ["--step", "1", "--batch.global_size", "8", "--batch.micro_size", "4"]
+    assert order.main(["--data.url", str(data), *step]) == 0
+    keys = capfd.readouterr().out.split()
+    assert len(set(keys)) == 8
+    assert set(keys) <= {f"./sub/{at:04d}" for at in range(16)}
 
 
 @pytest.mark.parametrize("tar_format", ["gnu", "pax", "ustar", "v7"])
