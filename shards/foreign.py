@@ -109,6 +109,22 @@ class Adoption:
         return adoption
 
 
+def differences(old: Adoption, new: Adoption) -> list[str]:
+    """What a user would call the difference, as in `code_extension was tex, now txt`."""
+    before, after = (dataclasses.asdict(one) for one in (old, new))
+    changes = [
+        f"{name} was {before[name]}, now {after[name]}"
+        for name in before
+        if name != "splits" and before[name] != after[name]
+    ]
+    was, now = set(old.shards), set(new.shards)
+    for verb, names in (("new", now - was), ("gone", was - now)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            changes.append(f"{verb}: {min(names)}{more}")
+    return changes or ["shards are in other splits"]
+
+
 def is_adoption(text: str) -> bool:
     """Whether `text` begins as every adoption does, and so was one even where it is damaged."""
     return text.startswith(f'{{\n "format": "{ADOPTION_FORMAT}"')
@@ -128,7 +144,7 @@ class Scan:
     """What is left out, by cause: samples, and members that are no files or not safe."""
     examples: tuple[Skip, ...]
     sizes: frozenset[tuple[int, int]]
-    """(width, height) of the images, upright, in pixels."""
+    """(width, height) of the images, upright, in pixels; only two of them where they differ."""
     counts: Mapping[str, int]
     """How often each word or character occurs, for a tokenizer that is to be trained."""
     num_other_members: int
@@ -399,7 +415,7 @@ class _Samples:
         run, lower = self._run, extension.lower()
         is_image = lower in self._adoption.image_extensions
         is_code = lower == self._adoption.code_extension
-        is_tokens = lower == TOKENS_EXTENSION and self._adoption.has_given_tokens
+        is_tokens = extension == TOKENS_EXTENSION and self._adoption.has_given_tokens
         if not (is_image or is_code or is_tokens):
             return
         if lower in run.extensions:
@@ -453,7 +469,8 @@ class _Samples:
         assert run.size is not None
         self.spans.append(SampleSpan(index_key(run.key), tuple(run.members)))
         self.crc32.append(run.crc32)
-        self.sizes.add(run.size)
+        if len(self.sizes) < 2:
+            self.sizes.add(run.size)
 
     def _judge(self, run: _Run) -> str:
         """Why a sample cannot be used, or nothing; then its tokens are counted."""

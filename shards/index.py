@@ -444,6 +444,9 @@ def _settle(root: str, adoption: Adoption, old: Adoption | None) -> bool:
     """Makes `adoption` the plan on storage; of another one nothing is left. Whether it wrote."""
     if old is not None and old.plan_hash == adoption.plan_hash:
         return False
+    if old is not None and old.shards:
+        found = "; ".join(foreign.differences(old, adoption))
+        print(f"{root}: its index is made anew ({found})", file=sys.stderr)
     storage.remove(join(root, MANIFEST_NAME))
     if old is not None:
         for shard in sorted(set(old.shards) - set(adoption.shards)):
@@ -488,12 +491,15 @@ def _first_samples(
             storage.fetch(url, path)
         else:
             path = storage.local_path(url)
-        with storage.explained(url), path.open("rb") as file:
-            try:
+        try:
+            with storage.explained(url), path.open("rb") as file:
                 found = foreign.list_extensions(file, name)
-            except FormatError as error:
-                problems.append(str(error))
-                continue
+        except FormatError as error:
+            problems.append(str(error))
+            continue
+        finally:
+            if storage.is_remote(url):
+                path.unlink()
         if found:
             return name, found
     if problems:
@@ -579,7 +585,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--code-suffix",
-        type=_extension,
+        type=_code_extension,
         metavar="EXT",
         help="of the member with the text (default: gui, else html, tex or txt, if only one of "
         "them lies beside the images)",
@@ -614,6 +620,13 @@ def _extension(text: str) -> str:
     return text.removeprefix(".").lower()
 
 
+def _code_extension(text: str) -> str:
+    extension = _extension(text)
+    if extension == TOKENS_EXTENSION or image_extension([extension]) is not None:
+        raise argparse.ArgumentTypeError(f"{text!r}: that is no text")
+    return extension
+
+
 def _image_extension(text: str) -> str:
     extension = _extension(text)
     if image_extension([extension]) is None:
@@ -628,6 +641,7 @@ def _report(root: str, done: Indexed, num_left_out: int, duration_s: float) -> d
     shards = [shard for shards in manifest.splits.values() for shard in shards]
     row: dict[str, object] = {
         "url": root,
+        "ok": True,
         "kind": manifest.kind,
         "samples": {split: manifest.num_samples(split) for split in manifest.splits},
         "shards": len(shards),
@@ -696,11 +710,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             except TooManyBadError as error:
                 print(f"pixloom index: {error}", file=sys.stderr)
+                if args.json:
+                    print(json.dumps({"url": args.root, "ok": False, "problems": [str(error)]}))
                 return 1
             except DamagedShardsError as error:
                 for line in error.problems[:SHOWN_PROBLEMS]:
                     print(line, file=sys.stderr)
                 print(f"pixloom index: {error}; no manifest was written", file=sys.stderr)
+                if args.json:
+                    print(json.dumps({"url": args.root, "ok": False, "problems": error.problems}))
                 return 1
         if done.manifest.skips:
             total = sum(done.manifest.skips.values())

@@ -454,6 +454,9 @@ def test_damaged_shards_are_all_named_and_nothing_is_committed(
     assert f"1.tar: cut off at byte {cut}:" in err
     assert f"3.tar: cut off at byte {cut + 600}, inside" in err
     assert "2 damaged; no manifest was written" in err
+    assert run(tmp_path, "--json") == 1
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (row["ok"], len(row["problems"])) == (False, 2)
     assert not (tmp_path / "manifest.json").exists()
     (tmp_path / "1.tar").write_bytes(data)
     (tmp_path / "3.tar").unlink()
@@ -517,12 +520,15 @@ def test_a_change_is_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     (tmp_path / "train-2.tar").write_bytes(shard(2))
     (tmp_path / "val-0.tar").unlink()
     assert run(tmp_path) == 0
+    assert "made anew (new: train-2.tar; gone: val-0.tar)" in capsys.readouterr().err
     manifest = load(tmp_path)
     assert [shard.samples for shard in manifest.splits["train"]] == [3, 5, 2]
     assert list(manifest.splits) == ["train"]
     assert not list(tmp_path.glob("val-0.*"))
     # What is used of the same shards is a part of what a run was trained on.
+    capsys.readouterr()
     assert run(tmp_path, "--kind", "images") == 0
+    assert "its index is made anew (kind was pairs, now images; " in capsys.readouterr().err
     alone = load(tmp_path)
     assert alone.tokenizer is None
     assert run(tmp_path, "--kind", "images", "--channels", "1") == 0
