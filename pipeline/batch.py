@@ -8,22 +8,17 @@ Legend of shape suffixes: B batch, C channels, H height, W width, T tokens (with
 """
 
 import dataclasses
-import functools
-import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipeline.order import sample_hash
-from shards import images, storage, tokens
+from shards import images, tokens
 from shards.format import PAD, TOKENS_EXTENSION, code_extension, image_extension
-from shards.storage import UserError
 
 
 class SampleError(Exception):
@@ -37,19 +32,6 @@ class RawSample:
     where: str
     key: str
     members: dict[str, memoryview]
-
-
-@dataclass(frozen=True)
-class TokenizerFile:
-    """The tokenizer of a dataset, for samples that hold text alone; read when the first one comes,
-    once a process."""
-
-    url: str
-    sha256: str
-
-    def encode(self, code: str) -> list[int]:
-        """The ids with <bos> and <eos>. Raises `UserError` when the file is not the manifest's."""
-        return tokens.encode(_load_tokenizer(self.url, self.sha256), code)
 
 
 @dataclass(frozen=True)
@@ -102,7 +84,7 @@ def assemble(
     augment_keys: Sequence[int],
     image_CHW: tuple[int, int, int],
     with_tokens: bool,
-    tokenizer: TokenizerFile | None = None,
+    tokenizer: tokens.TokenizerFile | None = None,
     step: int,
     micro: int,
     first_place: int,
@@ -122,9 +104,8 @@ def assemble(
                 raise ValueError(
                     f"HxWxC {image_HWC.shape}, the manifest says {(height, width, channels)}"
                 )
-            token = torch.empty(0, dtype=torch.int64)
-            if with_tokens:
-                token = read_tokens(sample, tokenizer)
+            empty = torch.empty(0, dtype=torch.int64)
+            token = read_tokens(sample, tokenizer) if with_tokens else empty
             weight = 1.0
         except (SampleError, images.ImageRefused, ValueError, KeyError) as error:
             text = " ".join(str(error).split())
@@ -157,7 +138,7 @@ def decode(sample: RawSample, channels: int) -> NDArray[np.uint8]:
     return images.decode(bytes(sample.members[extension]), channels)
 
 
-def read_tokens(sample: RawSample, tokenizer: TokenizerFile | None = None) -> Tensor:
+def read_tokens(sample: RawSample, tokenizer: tokens.TokenizerFile | None = None) -> Tensor:
     """The token ids as int64 (T), with <bos> and <eos>; without ids, of the text by `tokenizer`.
 
     Raises ValueError or KeyError for the sample, `UserError` for the tokenizer.
@@ -168,13 +149,3 @@ def read_tokens(sample: RawSample, tokenizer: TokenizerFile | None = None) -> Te
         return torch.tensor(tokenizer.encode(text), dtype=torch.int64)
     ids = tokens.from_npy(bytes(sample.members[TOKENS_EXTENSION]), sample.where)
     return torch.from_numpy(ids.astype(np.int64))
-
-
-@functools.lru_cache(maxsize=8)
-def _load_tokenizer(url: str, sha256: str) -> Tokenizer:
-    # Its threads would not survive a fork into loader workers, and one text needs none.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    data = storage.read_bytes(url)
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{url}: not the tokenizer that the manifest names; index again")
-    return tokens.load_tokenizer(data.decode(), url)

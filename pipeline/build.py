@@ -15,7 +15,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from pipeline import checkpoint
-from pipeline.batch import TokenizerFile
 from pipeline.config import Config
 from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.order import Order
@@ -24,7 +23,8 @@ from pipeline.rng import torch_seed
 from pipeline.stream import BatchDataset, SampleReader, Shard
 from pipeline.tasks import Task
 from shards.format import FormatError, Manifest
-from shards.storage import UserError, join
+from shards.storage import UserError
+from shards.tokens import TokenizerFile
 
 
 def order_of(config: Config, manifest: Manifest, world_size: int = 1) -> Order:
@@ -60,9 +60,6 @@ def open_split(
     image = manifest.image
     if image.width is None or image.height is None:
         raise UserError(f"{root}: images differ in size; pack the dataset with --size WxH to train")
-    tokenizer = None
-    if manifest.tokenizer is not None:
-        tokenizer = TokenizerFile(join(root, manifest.tokenizer.file), manifest.tokenizer.sha256)
     # A lane reads a window's samples at random: all its shards stay open, in every lane.
     lanes = config.data.lanes or 8
     mean_samples = manifest.num_samples(split) / len(manifest.splits[split])
@@ -73,7 +70,7 @@ def open_split(
         ),
         image_CHW=(image.channels, image.height, image.width),
         with_tokens=manifest.kind == "pairs",
-        tokenizer=tokenizer,
+        tokenizer=TokenizerFile.of(root, manifest),
         seed=config.run.seed,
     )
 

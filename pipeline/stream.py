@@ -23,11 +23,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline import rng
-from pipeline.batch import Batch, RawSample, SampleError, TokenizerFile, assemble
+from pipeline.batch import Batch, RawSample, SampleError, assemble
 from pipeline.order import Order, SampleIds
 from shards import storage
 from shards.format import FormatError, Receipt, SampleSpan, ShardEntry, parse_index
 from shards.storage import UserError
+from shards.tokens import TokenizerFile
 
 # File descriptors of one reader; a process may usually have 1024.
 _MAX_FILES = 256

@@ -4,15 +4,20 @@ The word tokenizer is trained here from word counts, so that the same counts giv
 Which samples are counted, the training split's alone, is the subject of `shards.plan`.
 """
 
+import functools
+import hashlib
 import io
+import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from shards.format import BOS, EOS, SPECIAL_TOKENS, UNK, FormatError
+from shards import storage
+from shards.format import BOS, EOS, SPECIAL_TOKENS, UNK, FormatError, Manifest
 from shards.storage import UserError
 
 WORD_PATTERN = r"\\[A-Za-z]+|\w[\w-]*|[^\w\s]"
@@ -87,6 +92,37 @@ def load_tokenizer(text: str, where: str) -> Tokenizer:
 def encode(tokenizer: Tokenizer, code: str) -> list[int]:
     """The ids of `code` between <bos> and <eos>."""
     return [BOS, *tokenizer.encode(code, add_special_tokens=False).ids, EOS]
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """The tokenizer of a dataset, for samples with text alone; read at the first, once a process.
+
+    May be used after a fork and pickled to a spawned worker.
+    """
+
+    url: str
+    sha256: str
+
+    @classmethod
+    def of(cls, root: str, manifest: Manifest) -> "TokenizerFile | None":
+        """That of the dataset at `root`; None for images alone."""
+        entry = manifest.tokenizer
+        return cls(storage.join(root, entry.file), entry.sha256) if entry is not None else None
+
+    def encode(self, code: str) -> list[int]:
+        """The ids with <bos> and <eos>. Raises `UserError` when the file is not the manifest's."""
+        return encode(_load_file(self.url, self.sha256), code)
+
+
+@functools.lru_cache(maxsize=8)
+def _load_file(url: str, sha256: str) -> Tokenizer:
+    # Its threads would not survive a fork into loader workers, and one text needs none.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    data = storage.read_bytes(url)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{url}: not the tokenizer that the manifest names; index again")
+    return load_tokenizer(data.decode(), url)
 
 
 def to_npy(ids: Iterable[int], vocab_size: int) -> bytes:

@@ -24,7 +24,7 @@ from PIL import Image
 from servers import Server
 
 from pipeline import order, train
-from pipeline.batch import TokenizerFile, decode, read_tokens
+from pipeline.batch import decode, read_tokens
 from pipeline.stream import SampleReader, Shard
 from shards import foreign, images, index, pack, show, storage, tokens, verify
 from shards.foreign import Adoption
@@ -119,8 +119,7 @@ def test_shards_of_webdataset_become_a_dataset(
     plain = list(webdataset.WebDataset(urls, shardshuffle=False))
     gc.collect()
     tokenizer = tokens.load_tokenizer((folder / "tokenizer.json").read_text(), "here")
-    assert manifest.tokenizer is not None
-    lazy = TokenizerFile(str(folder / "tokenizer.json"), manifest.tokenizer.sha256)
+    lazy = tokens.TokenizerFile.of(str(folder), manifest)
     counts = [
         count
         for shard in manifest.splits["train"]
@@ -603,14 +602,12 @@ def test_a_tokenizer_of_characters(tmp_path: Path) -> None:
     manifest = load(tmp_path)
     assert manifest.tokenizer is not None
     assert (manifest.tokenizer.vocab_size, manifest.tokenizer.longest) == (8, 7)
-    ids = read_tokens(
-        reader_of(tmp_path).read(0, 0),
-        TokenizerFile(str(tmp_path / "tokenizer.json"), manifest.tokenizer.sha256),
-    )
+    lazy = tokens.TokenizerFile.of(str(tmp_path), manifest)
+    ids = read_tokens(reader_of(tmp_path).read(0, 0), lazy)
     tokenizer = tokens.load_tokenizer((tmp_path / "tokenizer.json").read_text(), "here")
     assert tokenizer.decode(ids.tolist()) == "x  \u00fc\n"
     with pytest.raises(UserError, match="not the tokenizer that the manifest names"):
-        TokenizerFile(str(tmp_path / "tokenizer.json"), "0").encode("x")
+        tokens.TokenizerFile(str(tmp_path / "tokenizer.json"), "0").encode("x")
     assert verify.main([str(tmp_path), "--deep", "--workers", "0"]) == 0
 
 
