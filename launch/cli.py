@@ -11,6 +11,7 @@ from collections.abc import Sequence
 VERBS = {
     "synth": ("shards.synth", "write the demo dataset: screenshots and their code"),
     "pack": ("shards.pack", "pack a folder into shards, or go on with a broken pack"),
+    "index": ("shards.index", "make a dataset of another tool's WebDataset shards, in place"),
     "verify": ("shards.verify", "check a packed dataset: counts, sizes, hashes"),
     "show": ("shards.show", "draw a contact sheet and statistics of a packed dataset"),
     "train": ("pipeline.train", "train, or resume, a run (one process; see below for more)"),

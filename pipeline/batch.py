@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.order import sample_hash
 from shards import images, tokens
-from shards.format import IMAGE_EXTENSIONS, PAD, TOKENS_EXTENSION
+from shards.format import PAD, TOKENS_EXTENSION, code_extension, image_extension
 
 
 class SampleError(Exception):
@@ -84,6 +84,7 @@ def assemble(
     augment_keys: Sequence[int],
     image_CHW: tuple[int, int, int],
     with_tokens: bool,
+    tokenizer: tokens.TokenizerFile | None = None,
     step: int,
     micro: int,
     first_place: int,
@@ -103,7 +104,8 @@ def assemble(
                 raise ValueError(
                     f"HxWxC {image_HWC.shape}, the manifest says {(height, width, channels)}"
                 )
-            token = read_tokens(sample) if with_tokens else torch.empty(0, dtype=torch.int64)
+            empty = torch.empty(0, dtype=torch.int64)
+            token = read_tokens(sample, tokenizer) if with_tokens else empty
             weight = 1.0
         except (SampleError, images.ImageRefused, ValueError, KeyError) as error:
             text = " ".join(str(error).split())
@@ -130,13 +132,20 @@ def assemble(
 
 def decode(sample: RawSample, channels: int) -> NDArray[np.uint8]:
     """The image as uint8 (H, W, C). Raises `ImageRefused`, or KeyError when there is none."""
-    for extension in IMAGE_EXTENSIONS:
-        if extension in sample.members:
-            return images.decode(bytes(sample.members[extension]), channels)
-    raise KeyError(f"no image among its members {', '.join(sample.members)}")
+    extension = image_extension(sample.members)
+    if extension is None:
+        raise KeyError(f"no image among its members {', '.join(sample.members)}")
+    return images.decode(bytes(sample.members[extension]), channels)
 
 
-def read_tokens(sample: RawSample) -> Tensor:
-    """The token ids as int64 (T), with <bos> and <eos>. Raises FormatError or KeyError."""
+def read_tokens(sample: RawSample, tokenizer: tokens.TokenizerFile | None = None) -> Tensor:
+    """The token ids as int64 (T), with <bos> and <eos>; without ids, of the text by `tokenizer`.
+
+    Raises ValueError or KeyError for the sample, `UserError` for the tokenizer.
+    """
+    code = code_extension(sample.members)
+    if TOKENS_EXTENSION not in sample.members and code is not None and tokenizer is not None:
+        text = bytes(sample.members[code]).decode("utf-8-sig")
+        return torch.tensor(tokenizer.encode(text), dtype=torch.int64)
     ids = tokens.from_npy(bytes(sample.members[TOKENS_EXTENSION]), sample.where)
     return torch.from_numpy(ids.astype(np.int64))

@@ -27,6 +27,7 @@ from pipeline.tasks import Task
 from shards import storage
 from shards.format import FormatError, Manifest
 from shards.storage import UserError
+from shards.tokens import TokenizerFile
 
 MAX_NODE_LINES = 8
 """Of what nodes read."""
@@ -77,6 +78,7 @@ def open_split(
         ),
         image_CHW=(image.channels, image.height, image.width),
         with_tokens=manifest.kind == "pairs",
+        tokenizer=TokenizerFile.of(root, manifest),
         seed=config.run.seed,
     )
 

@@ -31,6 +31,7 @@ from pipeline.order import Order, SampleIds, ShardUse, validation_batches, valid
 from shards import storage
 from shards.format import FormatError, Receipt, SampleSpan, parse_index
 from shards.storage import UserError
+from shards.tokens import TokenizerFile
 
 T = TypeVar("T")
 
@@ -205,12 +206,14 @@ class BatchDataset(Dataset[Batch]):
         *,
         image_CHW: tuple[int, int, int],
         with_tokens: bool,
+        tokenizer: TokenizerFile | None = None,
         seed: int = 0,
     ) -> None:
         self.reader = reader
         self.image_CHW = image_CHW
         self.seed = seed
         self.with_tokens = with_tokens
+        self.tokenizer = tokenizer
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
         """Reads and decodes one batch.
@@ -236,6 +239,7 @@ class BatchDataset(Dataset[Batch]):
             augment_keys=augment_keys,
             image_CHW=self.image_CHW,
             with_tokens=self.with_tokens,
+            tokenizer=self.tokenizer,
             step=plan.step,
             micro=plan.micro,
             first_place=plan.first_place,

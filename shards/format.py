@@ -25,7 +25,8 @@ TOKENIZER_NAME = "tokenizer.json"
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
-IMAGE_EXTENSIONS = ("png", "jpg", "webp")
+IMAGE_EXTENSIONS = ("png", "jpg", "webp", "jpeg")
+"""`pack` writes the first three; adopted shards have any, in any case, also after a name."""
 TOKENS_EXTENSION = "tokens.npy"
 TAR_BLOCK_BYTES = 512
 
@@ -89,11 +90,13 @@ class Manifest:
     tokenizer: TokenizerEntry | None
     skips: Mapping[str, int]
     plan_hash: str
+    selection: str = ""
+    """Of adopted shards: SHA-256 over what is used of them. Only there is it in the file."""
 
     @functools.cached_property
     def data_digest(self) -> str:
         """SHA-256 over what training can see: the shards of every split and the tokenizer."""
-        return _sha256(_data_lines(self.splits, self.tokenizer))
+        return _sha256(_data_lines(self.splits, self.tokenizer, self.selection))
 
     def num_samples(self, split: str) -> int:
         return sum(shard.samples for shard in self.splits[split])
@@ -110,6 +113,8 @@ class Manifest:
             "plan_hash": self.plan_hash,
             "data_digest": self.data_digest,
         }
+        if self.selection:
+            body["selection"] = self.selection
         own = _sha256(_canonical(body))
         body["splits"] = {
             split: [shard._asdict() for shard in shards] for split, shards in self.splits.items()
@@ -138,6 +143,7 @@ class Manifest:
                 tokenizer=TokenizerEntry(**tokenizer) if tokenizer is not None else None,
                 skips=_skips(body["skips"]),
                 plan_hash=str(body["plan_hash"]),
+                selection=str(body.get("selection", "")),
             )
             own = _sha256(_canonical({**body, "splits": manifest.splits}))
         except FormatError:
@@ -219,6 +225,25 @@ class SampleSpan:
         return self.members[-1].offset + self.members[-1].size - self.offset
 
 
+def image_extension(extensions: Iterable[str]) -> str | None:
+    """The one among a sample's extensions that is its image's, as `png`, `JPG` or `left.jpeg`."""
+    return next((one for one in extensions if _is_image(one)), None)
+
+
+def code_extension(extensions: Iterable[str]) -> str | None:
+    """The one among the extensions of a sample of a pair that is its code's.
+
+    `pack` writes `txt`. The index of an adopted shard lists the text that was chosen, and no
+    other member beside image and tokens.
+    """
+    others = [one for one in extensions if one != TOKENS_EXTENSION and not _is_image(one)]
+    return next((one for one in others if one == "txt" or len(others) == 1), None)
+
+
+def _is_image(extension: str) -> bool:
+    return extension.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
 def format_index(spans: Iterable[SampleSpan]) -> str:
     """DALI's wds2idx text index, version 1.2: a line a sample, `ext offset size name` a member."""
     lines = [
@@ -267,7 +292,7 @@ def _sha256(pieces: Iterable[str]) -> str:
 
 
 def _data_lines(
-    splits: Mapping[str, Sequence[ShardEntry]], tokenizer: TokenizerEntry | None
+    splits: Mapping[str, Sequence[ShardEntry]], tokenizer: TokenizerEntry | None, selection: str
 ) -> Iterator[str]:
     """Lines of text in pieces, with line ends between them only."""
     between = ""
@@ -279,6 +304,9 @@ def _data_lines(
             between = "\n"
     if tokenizer is not None:
         yield f"{between}tokenizer {tokenizer.sha256}"
+        between = "\n"
+    if selection:
+        yield f"{between}selection {selection}"
 
 
 def _canonical(body: Mapping[str, Any]) -> Iterator[str]:

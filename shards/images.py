@@ -28,6 +28,9 @@ MAX_ENCODED_SIDES = {"jpeg": 65_500, "webp": 16_383}
 """Pixels of a side above which these encoders give up."""
 
 _EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+SHARD_FORMATS = tuple(_EXTENSIONS)
+"""What `decode` takes: all that `fit_and_encode` writes."""
+
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
@@ -106,9 +109,11 @@ def make_policy(
     )
 
 
-def read_size(data: bytes) -> tuple[int, int]:
+def read_size(data: bytes, formats: tuple[str, ...] = FORMATS) -> tuple[int, int]:
     """The upright (width, height) that the header states. Raises `ImageRefused`."""
     with _opened(data, FORMATS) as image:
+        if image.format in FORMATS and image.format not in formats:
+            raise ImageRefused("unsupported_format")
         return _upright_size(image.size, _orientation(image))
 
 
@@ -140,11 +145,22 @@ def fit_and_encode(data: bytes, policy: ImagePolicy) -> PackedImage:
 
 
 def decode(data: bytes, channels: int) -> NDArray[np.uint8]:
-    """The pixels of a packed image: uint8, (height, width, channels). Raises `ImageRefused`."""
-    with _opened(data, tuple(_EXTENSIONS)) as image, _refusing():
-        mode = _MODES[channels]
-        pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-        return cast(NDArray[np.uint8], pixels.reshape(image.height, image.width, channels))
+    """The pixels of a shard's image: uint8, (height, width, channels). Raises `ImageRefused`.
+
+    Packed images are upright and in the dataset's mode. Those of adopted shards are made so here,
+    as `fit_and_encode` does it, on white.
+    """
+    with _opened(data, SHARD_FORMATS) as image, _refusing():
+        turn = _TURNS.get(_orientation(image))
+        upright = image.transpose(turn) if turn is not None else image
+        if image.mode != _MODES[channels] or "transparency" in image.info:
+            policy = make_policy(
+                size=None, fit=None, encode=None, channels=channels, quality=90,
+                background=(255, 255, 255),
+            )  # fmt: skip
+            upright = _convert(upright, str(image.format), policy)
+        pixels = np.asarray(upright)
+        return cast(NDArray[np.uint8], pixels.reshape(upright.height, upright.width, channels))
 
 
 @contextmanager

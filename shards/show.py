@@ -20,16 +20,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from shards import images, storage, tokens
 from shards.format import (
-    IMAGE_EXTENSIONS,
     SPECIAL_TOKENS,
     TOKENIZER_NAME,
     TOKENS_EXTENSION,
     Manifest,
     Receipt,
     SampleSpan,
+    code_extension,
+    image_extension,
     parse_index,
 )
 from shards.storage import UserError, command, join
@@ -121,7 +123,9 @@ def _read_samples(root: str, manifest: Manifest, split: str, count: int) -> list
         wanted = min(count - len(shown), len(spans))
         for at in range(wanted):
             members = _members(tar, spans[at * len(spans) // wanted])
-            found = next(one for one in IMAGE_EXTENSIONS if one in members)
+            found = image_extension(members)
+            if found is None:
+                raise UserError(f"{entry.index_name}: a sample without an image; index again")
             try:
                 image = images.decode(members[found], manifest.image.channels)
             except images.ImageRefused as refused:
@@ -129,7 +133,8 @@ def _read_samples(root: str, manifest: Manifest, split: str, count: int) -> list
                     f"{entry.name}: an image does not decode ({refused.cause}); run "
                     f"`pixloom verify {root}`"
                 ) from refused
-            code = members["txt"].decode("utf-8-sig", "replace") if "txt" in members else None
+            text = code_extension(members) if manifest.kind == "pairs" else None
+            code = members[text].decode("utf-8-sig", "replace") if text is not None else None
             shown.append(Shown(spans[at * len(spans) // wanted].key, image, code))
         if len(shown) >= count:
             break
@@ -141,32 +146,40 @@ def _read_statistics(root: str, manifest: Manifest, split: str) -> Statistics:
     num_tokens: list[int] = []
     counts: collections.Counter[int] = collections.Counter()
     num_counted = 0
+    tokenizer = None
+    if manifest.tokenizer is not None:
+        url = join(root, TOKENIZER_NAME)
+        tokenizer = tokens.load_tokenizer(storage.read_text(url), url)
     for entry in manifest.splits[split]:
         spans = parse_index(storage.read_text(join(root, entry.index_name)), entry.index_name)
         image_bytes += [
             member.size
             for span in spans
             for member in span.members
-            if member.extension in IMAGE_EXTENSIONS
+            if image_extension([member.extension]) is not None
         ]
         receipt = storage.read_text(join(root, entry.receipt_name))
         num_tokens += Receipt.from_json(receipt, entry.receipt_name).num_tokens
-        if manifest.tokenizer is not None and num_counted < MAX_COUNTED_SAMPLES:
+        if tokenizer is not None and num_counted < MAX_COUNTED_SAMPLES:
             tar = storage.read_bytes(join(root, entry.name))
             for span in spans[: MAX_COUNTED_SAMPLES - num_counted]:
-                ids = tokens.from_npy(_members(tar, span)[TOKENS_EXTENSION], span.key)
-                counts.update(ids.tolist())
+                counts.update(_token_ids(_members(tar, span), tokenizer, span.key))
                 num_counted += 1
     top: list[tuple[str, int]] = []
-    if manifest.tokenizer is not None:
-        url = join(root, TOKENIZER_NAME)
-        tokenizer = tokens.load_tokenizer(storage.read_text(url), url)
+    if tokenizer is not None:
         top = [
             (str(tokenizer.id_to_token(one)), number)
             for one, number in counts.most_common(20 + len(SPECIAL_TOKENS))
             if str(tokenizer.id_to_token(one)) not in SPECIAL_TOKENS[:3]
         ]
     return Statistics(image_bytes, num_tokens, top[:20], num_counted)
+
+
+def _token_ids(members: dict[str, bytes], tokenizer: Tokenizer, where: str) -> list[int]:
+    code = code_extension(members)
+    if TOKENS_EXTENSION in members or code is None:
+        return list(tokens.from_npy(members[TOKENS_EXTENSION], where).tolist())
+    return tokens.encode(tokenizer, members[code].decode("utf-8-sig", "replace"))
 
 
 def _members(tar: bytes, span: SampleSpan) -> dict[str, bytes]:

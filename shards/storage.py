@@ -116,7 +116,7 @@ def load_manifest(root: str) -> Manifest:
         found = "no packed dataset" if exists(root) else "no such directory"
         raise UserError(
             f"{root}: {found} ({MANIFEST_NAME} is missing); run `pixloom pack SOURCE {root}`, "
-            "or run it again when it was interrupted"
+            "or run it again when it was interrupted; `pixloom index` for another tool's shards"
         )
     return Manifest.from_json(read_text(url), url)
 

@@ -4,15 +4,20 @@ The word tokenizer is trained here from word counts, so that the same counts giv
 Which samples are counted, the training split's alone, is the subject of `shards.plan`.
 """
 
+import functools
+import hashlib
 import io
+import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from shards.format import BOS, EOS, SPECIAL_TOKENS, UNK, FormatError
+from shards import storage
+from shards.format import BOS, EOS, SPECIAL_TOKENS, UNK, FormatError, Manifest
 from shards.storage import UserError
 
 WORD_PATTERN = r"\\[A-Za-z]+|\w[\w-]*|[^\w\s]"
@@ -26,6 +31,7 @@ _NPY_HEADER = re.compile(
 )
 
 _SPLIT = pre_tokenizers.Split(Regex(WORD_PATTERN), "removed", invert=True)
+_SPLIT_CHARS = pre_tokenizers.Split(Regex(r"[\s\S]"), "removed", invert=True)
 
 
 def words(code: str) -> list[str]:
@@ -38,17 +44,30 @@ def train_word_tokenizer(counts: Mapping[str, int], min_frequency: int) -> str:
 
     Ids follow the special tokens, most frequent word first, equal counts in code point order.
     """
+    tokenizer = _new_tokenizer(counts, min_frequency)
+    tokenizer.pre_tokenizer = _SPLIT
+    return str(tokenizer.to_str(pretty=True)) + "\n"
+
+
+def train_char_tokenizer(counts: Mapping[str, int]) -> str:
+    """The `tokenizer.json` whose vocabulary is every character counted; white space is kept."""
+    tokenizer = _new_tokenizer(counts, 1)
+    tokenizer.pre_tokenizer = _SPLIT_CHARS
+    tokenizer.decoder = decoders.Fuse()
+    return str(tokenizer.to_str(pretty=True)) + "\n"
+
+
+def _new_tokenizer(counts: Mapping[str, int], min_frequency: int) -> Tokenizer:
     kept = [word for word, count in counts.items() if count >= min_frequency]
     kept.sort(key=lambda word: (-counts[word], word))
     vocabulary = {token: at for at, token in enumerate((*SPECIAL_TOKENS, *kept))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS[UNK]))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    tokenizer.pre_tokenizer = _SPLIT
     bos, eos = SPECIAL_TOKENS[BOS], SPECIAL_TOKENS[EOS]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {eos}", special_tokens=[(bos, BOS), (eos, EOS)]
     )
-    return str(tokenizer.to_str(pretty=True)) + "\n"
+    return tokenizer
 
 
 def load_tokenizer(text: str, where: str) -> Tokenizer:
@@ -73,6 +92,37 @@ def load_tokenizer(text: str, where: str) -> Tokenizer:
 def encode(tokenizer: Tokenizer, code: str) -> list[int]:
     """The ids of `code` between <bos> and <eos>."""
     return [BOS, *tokenizer.encode(code, add_special_tokens=False).ids, EOS]
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """The tokenizer of a dataset, for samples with text alone; read at the first, once a process.
+
+    May be used after a fork and pickled to a spawned worker.
+    """
+
+    url: str
+    sha256: str
+
+    @classmethod
+    def of(cls, root: str, manifest: Manifest) -> "TokenizerFile | None":
+        """That of the dataset at `root`; None for images alone."""
+        entry = manifest.tokenizer
+        return cls(storage.join(root, entry.file), entry.sha256) if entry is not None else None
+
+    def encode(self, code: str) -> list[int]:
+        """The ids with <bos> and <eos>. Raises `UserError` when the file is not the manifest's."""
+        return encode(_load_file(self.url, self.sha256), code)
+
+
+@functools.lru_cache(maxsize=8)
+def _load_file(url: str, sha256: str) -> Tokenizer:
+    # Its threads would not survive a fork into loader workers, and one text needs none.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    data = storage.read_bytes(url)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{url}: not the tokenizer that the manifest names; index again")
+    return load_tokenizer(data.decode(), url)
 
 
 def to_npy(ids: Iterable[int], vocab_size: int) -> bytes:

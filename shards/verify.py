@@ -6,18 +6,20 @@ still decodes: so sizes, hashes and counts are compared, not just whether files 
 
 import argparse
 import hashlib
+import io
 import json
 import sys
 import tarfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
-from shards import engines, images, storage, tokens
+from shards import engines, foreign, images, storage, tokens
+from shards.foreign import Adoption
 from shards.format import (
     BOS,
     EOS,
@@ -34,6 +36,7 @@ from shards.format import (
     SampleSpan,
     ShardEntry,
     TokenizerEntry,
+    image_extension,
     parse_index,
 )
 from shards.plan import Plan, causes
@@ -52,10 +55,23 @@ class ShardCheck:
     has_tokens: bool
     image: ImagePolicy | None = None
     tokenizer_json: str | None = None
+    adoption: Adoption | None = None
+    """Of a shard that another tool made; without its splits, and with the tokenizer always."""
 
 
 def check_shard(task: ShardCheck) -> list[str]:
     """The problems of one shard, its index and its receipt; a line each, naming shard and key."""
+    problems = _check_foreign(task) if task.adoption is not None else _check_packed(task)
+    if len(problems) > MAX_PROBLEMS_PER_SHARD:
+        more = len(problems) - MAX_PROBLEMS_PER_SHARD
+        problems = [
+            *problems[:MAX_PROBLEMS_PER_SHARD],
+            f"{task.entry.name}: and {more} more problems",
+        ]
+    return problems
+
+
+def _check_packed(task: ShardCheck) -> list[str]:
     name = task.entry.name
     problems: list[str] = []
     receipt = _check_receipt(task, problems)
@@ -92,10 +108,59 @@ def check_shard(task: ShardCheck) -> list[str]:
                     problem = _check_sample(tar, span, task, num_tokens)
             if problem is not None:
                 problems.append(f"{name}: {span.key}: {problem}")
-    if len(problems) > MAX_PROBLEMS_PER_SHARD:
-        more = len(problems) - MAX_PROBLEMS_PER_SHARD
-        problems = [*problems[:MAX_PROBLEMS_PER_SHARD], f"{name}: and {more} more problems"]
     return problems
+
+
+def _check_foreign(task: ShardCheck) -> list[str]:
+    """A shard of another tool is what indexing it again makes of it."""
+    name, adoption = task.entry.name, task.adoption
+    assert adoption is not None
+    problems: list[str] = []
+    receipt = _check_receipt(task, problems)
+    index = _check_index(task, problems)
+    try:
+        tar = storage.read_bytes(join(task.root, name))
+    except UserError as error:
+        return [*problems, f"{name}: cannot be read ({error})"]
+    if len(tar) != task.entry.bytes:
+        problems.append(f"{name}: {len(tar)} bytes, the manifest says {task.entry.bytes}")
+    elif hashlib.sha256(tar).hexdigest() != task.entry.sha256:
+        problems.append(f"{name}: its SHA-256 is not the manifest's")
+    if problems:
+        if receipt is not None and index is not None:
+            problems += _wrong_crc32s(tar, index, task.entry, receipt, whole=False)
+        return problems
+    given = task.tokenizer_json if adoption.has_given_tokens else None
+    if adoption.has_given_tokens and given is None:
+        return []  # The tokenizer is what is damaged, which is said already.
+    try:
+        found = foreign.scan(io.BytesIO(tar), name, adoption, given)
+    except (UserError, FormatError) as error:
+        return [str(error)]
+    if index != list(found.spans):
+        problems.append(f"{task.entry.index_name}: does not describe {name}")
+    elif receipt != Receipt(task.entry, found.crc32, found.num_tokens, found.skips, task.plan_hash):
+        problems.append(f"{task.entry.receipt_name}: does not describe {name}")
+    elif task.image is not None:
+        for span in found.spans:
+            with images.memory_explained(f"{task.root}/{name}: {span.key}"):
+                problem = _check_foreign_image(tar, span, task.image)
+            if problem is not None:
+                problems.append(f"{name}: {span.key}: {problem}")
+    return problems
+
+
+def _check_foreign_image(tar: bytes, span: SampleSpan, policy: ImagePolicy) -> str | None:
+    chosen = image_extension(member.extension for member in span.members)
+    [member] = [one for one in span.members if one.extension == chosen]
+    try:
+        data = tar[member.offset : member.offset + member.size]
+        height, width, _ = images.decode(data, policy.channels).shape
+    except images.ImageRefused as refused:
+        return f"the image does not decode ({refused.cause})"
+    if policy.width is not None and (width, height) != (policy.width, policy.height):
+        return f"the image is {width}x{height}, not {policy.width}x{policy.height}"
+    return None
 
 
 def read_spans(tar: bytes, where: str) -> list[SampleSpan]:
@@ -138,12 +203,21 @@ def check_dataset(root: str, deep: bool, workers: int) -> tuple[Manifest, list[s
     manifest = storage.load_manifest(root)
     problems: list[str] = []
     plan_url = join(root, PLAN_NAME)
+    slim = None
     try:
-        plan = Plan.from_json(storage.read_text(plan_url), plan_url)
+        text = storage.read_text(plan_url)
+        plan: Plan | Adoption
+        if foreign.is_adoption(text):
+            plan = Adoption.from_json(text, plan_url)
+            names, skips = plan.shards, {}
+            slim = replace(plan, splits={})
+        else:
+            plan = Plan.from_json(text, plan_url)
+            names, skips = [shard.name for shard in plan.shards], causes(plan.skips)
         if plan.plan_hash != manifest.plan_hash:
             problems.append(f"{PLAN_NAME}: not the plan that the manifest was made from")
         else:
-            _check_totals(root, manifest, plan, problems)
+            _check_totals(root, manifest, names, skips, problems)
     except (UserError, FormatError) as error:
         problems.append(str(error))
     tokenizer_json = None
@@ -156,7 +230,8 @@ def check_dataset(root: str, deep: bool, workers: int) -> tuple[Manifest, list[s
             manifest.plan_hash,
             manifest.tokenizer is not None,
             manifest.image if deep else None,
-            tokenizer_json if deep else None,
+            tokenizer_json if deep or slim is not None else None,
+            slim,
         )
         for entries in manifest.splits.values()
         for entry in entries
@@ -197,19 +272,28 @@ def _check_index(task: ShardCheck, problems: list[str]) -> list[SampleSpan] | No
         return None
 
 
-def _check_totals(root: str, manifest: Manifest, plan: Plan, problems: list[str]) -> None:
-    """What the manifest sums up: the skips of plan and receipts, and the longest sample."""
+def _check_totals(
+    root: str,
+    manifest: Manifest,
+    names: Sequence[str],
+    planned_skips: Mapping[str, int],
+    problems: list[str],
+) -> None:
+    """What the manifest sums up: the skips of plan and receipts, and the longest sample.
+
+    `names` are those of all shards of the plan.
+    """
     listed = {entry.name for entries in manifest.splits.values() for entry in entries}
-    skips = Counter(causes(plan.skips))
+    skips = Counter(planned_skips)
     longest = 0
     damaged = False
-    for shard in plan.shards:
-        name = shard.name.removesuffix(".tar") + ".json"
+    for shard_name in names:
+        name = shard_name.removesuffix(".tar") + ".json"
         try:
             receipt = Receipt.from_json(storage.read_text(join(root, name)), name)
         except (UserError, FormatError) as error:
             damaged = True
-            if shard.name not in listed:  # Others are named where their shard is checked.
+            if shard_name not in listed:  # Others are named where their shard is checked.
                 problems.append(str(error))
             continue
         skips.update(receipt.skips)
@@ -334,7 +418,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="pixloom verify",
         description="Check a packed dataset against its manifest: counts, sizes, hashes, indexes "
-        "and receipts. Exit status 1 when there is damage; `pixloom pack` again repairs it.",
+        "and receipts. Exit status 1 when there is damage; `pixloom pack` again repairs it, and "
+        "`pixloom index` all but the shards of an adopted dataset.",
     )
     parser.add_argument("url", metavar="URL", help="folder of the packed dataset")
     parser.add_argument("--deep", action="store_true", help="decode every sample too")
