@@ -8,7 +8,8 @@ alone, and may be killed at any moment:
     SHA256-URLHASH.meta     an index or a receipt, after a line with its own hash
     *.part                  a download; whoever holds its `flock` is making it, and its size is
                             reserved from the beginning
-    .lock                   held (`flock`) to make room: nothing else is counted or evicted then
+    .lock                   held (`flock`) to make room or to rename: nothing else appears, grows
+                            or is evicted then
 
 Nothing is forced to the disk: it can be fetched again, and samples carry a CRC-32. Which shard is
 needed when comes from the order (`Schedule`); what the bytes mean is `pipeline.stream`'s business.
@@ -345,7 +346,7 @@ class NodeCache:
                 with contextlib.suppress(_NoRoomError), storage.explained(str(self.folder)):
                     self._reserve(part, len(body), Need(-1, 0), outlook, speculative=True)
                     _write(part, body, 0)
-                    path.with_suffix(".part").replace(path)
+                    self._rename(path.with_suffix(".part"), path)
                 return parsed
         return parse(text, url)
 
@@ -430,10 +431,10 @@ class NodeCache:
             for _ in range(NUM_ATTEMPTS):
                 cause, num_bytes = self._download(shard, part, stopped)
                 if not cause:
-                    good.with_suffix(".part").replace(good)
+                    self._rename(good.with_suffix(".part"), good)
                     return Opened(os.dup(part), True)
             os.ftruncate(part, num_bytes)
-            good.with_suffix(".part").replace(damaged)
+            self._rename(good.with_suffix(".part"), damaged)
             _warn(
                 f"{shard.url}: damaged ({cause}; {NUM_ATTEMPTS} attempts); its samples are judged "
                 "one by one"
@@ -530,6 +531,11 @@ class NodeCache:
             return 0
         finally:
             _unlock(descriptor)
+
+    def _rename(self, part: Path, path: Path) -> None:
+        # Locked: who lists a folder may miss a file that is renamed meanwhile.
+        with storage.explained(str(path)), self._locked():
+            part.replace(path)
 
     def _scan(self) -> list[tuple[str, os.stat_result]]:
         found = []
