@@ -106,10 +106,11 @@ def check_reads(order: Order, dataset: BatchDataset) -> None:
     cache = reader.cache
     if cache is not None:
         own = reads(node)
-        if own.working_bytes > cache.bound_bytes:
+        if own.working_bytes > cache.room_bytes:
             raise UserError(
-                f"data.cache_bytes = {cache.bound_bytes}: one window of this node's lanes needs "
-                f"{own.num_working} shards, {own.working_bytes} bytes, at once; raise it (in "
+                f"data.cache_bytes = {cache.bound_bytes}, room for {cache.room_bytes} bytes of "
+                f"shards: one window of this node's lanes needs {own.num_working} shards, "
+                f"{own.working_bytes} bytes, at once; raise it (in "
                 f"{cache.folder}), or lower data.window or data.lanes"
             )
     nodes = node.all

@@ -8,7 +8,8 @@ alone, and may be killed at any moment:
     SHA256-URLHASH.meta     an index or a receipt, after a line with its own hash
     *.part                  a download; whoever holds its `flock` is making it, and its size is
                             reserved from the beginning
-    .lock                   held (`flock`) to make room: nothing else is counted or evicted then
+    .lock                   held (`flock`) to make room or to rename: nothing else appears, grows
+                            or is evicted then. It says how much the folder holds at most
 
 Nothing is forced to the disk: it can be fetched again, and samples carry a CRC-32. Which shard is
 needed when comes from the order (`Schedule`); what the bytes mean is `pipeline.stream`'s business.
@@ -49,9 +50,14 @@ IDLE_S = 60.0
 TOUCH_S = 10.0
 """How old the mark of a file's last use may be."""
 POLL_S = 0.02
+MANY_FILES = 1000
+"""Listing more takes so long that a fiftieth of the bound is made free at once."""
 
 logger = logging.getLogger(__name__)
 
+_LOCK_NAME = ".lock"
+_HELD_BYTES = 20
+"""Of what `.lock` says."""
 _FILE = re.compile(r"([0-9a-f]{64})(?:-[0-9a-f]{16})?\.(tar|damaged|meta|part)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -91,10 +97,10 @@ class CachedFile:
     used_s: float
     """when it was last read or made"""
     need: Need | None
+    is_lingering: bool
+    """its last use is over, but for a process that lags behind"""
     is_own: bool
     """of this job's datasets"""
-    is_lingering: bool = False
-    """its last use is over, but for a process that lags behind"""
 
 
 def choose_victims(
@@ -268,11 +274,18 @@ class NodeCache:
             raise FormatError(f"{shard.url}: {shard.entry.sha256!r} is no SHA-256")
         self._own.add(shard.entry.sha256)
 
-    def forget_damage(self) -> None:
-        """A shard that was damaged may be in order by now."""
-        with storage.explained(str(self.folder)):
+    def look_again(self) -> None:
+        """Forgets what earlier jobs found: a shard that was damaged may be in order by now, and
+        files may have been put here or removed."""
+        with storage.explained(str(self.folder)), self._locked() as lock:
+            os.ftruncate(lock, 0)
             for path in self.folder.glob("*.damaged"):
                 path.unlink(missing_ok=True)
+
+    @property
+    def room_bytes(self) -> int:
+        """For shards; the lock file takes its part."""
+        return self.bound_bytes - _HELD_BYTES
 
     def holds(self, entry: ShardEntry) -> bool:
         """Whether there is a file to read the shard from."""
@@ -345,7 +358,7 @@ class NodeCache:
                 with contextlib.suppress(_NoRoomError), storage.explained(str(self.folder)):
                     self._reserve(part, len(body), Need(-1, 0), outlook, speculative=True)
                     _write(part, body, 0)
-                    self._keep(path)
+                    self._rename(path.with_suffix(".part"), path)
                 return parsed
         return parse(text, url)
 
@@ -411,7 +424,7 @@ class NodeCache:
         """Downloads a shard; `stopped` makes it speculative. None when another process does."""
         entry = shard.entry
         speculative = stopped is not None
-        if entry.bytes > self.bound_bytes:
+        if entry.bytes > self.room_bytes:
             raise UserError(
                 f"{shard.url}: {entry.bytes} bytes, data.cache_bytes = {self.bound_bytes} cannot "
                 "hold it; raise it"
@@ -430,10 +443,10 @@ class NodeCache:
             for _ in range(NUM_ATTEMPTS):
                 cause, num_bytes = self._download(shard, part, stopped)
                 if not cause:
-                    self._keep(good)
+                    self._rename(good.with_suffix(".part"), good)
                     return Opened(os.dup(part), True)
             os.ftruncate(part, num_bytes)
-            self._keep(damaged)
+            self._rename(good.with_suffix(".part"), damaged)
             _warn(
                 f"{shard.url}: damaged ({cause}; {NUM_ATTEMPTS} attempts); its samples are judged "
                 "one by one"
@@ -471,52 +484,65 @@ class NodeCache:
             _NoRoomError: not without harm to others, for what is speculative.
             UserError: not ever.
         """
-        with self._locked():
-            short_bytes = num_bytes - os.fstat(part).st_size - self.bound_bytes
-            found_files, others_bytes = [], 0
-            for name, stat in self._scan():
-                short_bytes += stat.st_size
-                found = _FILE.fullmatch(name)
+        with self._locked() as lock:
+            grown_bytes = num_bytes - os.fstat(part).st_size
+            held_bytes = _read_held(lock)
+            if held_bytes is None or held_bytes + grown_bytes > self.bound_bytes:
+                found = self._make_room(part, grown_bytes, need, outlook, speculative=speculative)
                 if found is None:
-                    continue
-                if found[2] == "part":
-                    if stat.st_size and stat.st_ino != os.fstat(part).st_ino:
-                        freed_bytes = self._remove_dead(name)
-                        short_bytes -= freed_bytes
-                        others_bytes += stat.st_size - freed_bytes
-                    continue
-                found_files.append((name, found[1], stat))
-            if short_bytes > 0:
-                outlook.follow(self.schedules)
-                files = []
-                for name, sha256, stat in found_files:
-                    use, lingers = outlook.of(sha256)
-                    is_own = sha256 in self._own
-                    files.append(
-                        CachedFile(name, stat.st_size, stat.st_mtime, use, is_own, lingers)
-                    )
-                victims = choose_victims(
-                    files, short_bytes, need, now_s=time.time(), speculative=speculative
-                )
-                if victims is None:
-                    if speculative:
-                        raise _NoRoomError
-                    if not others_bytes:
-                        raise UserError(
-                            f"{self.folder}: no room for {num_bytes} bytes, data.cache_bytes = "
-                            f"{self.bound_bytes}; remove what is not pixloom's, or raise it"
-                        )
                     return False
-                for name in victims:
-                    (self.folder / name).unlink(missing_ok=True)
+                held_bytes = found
+            # Before the file grows, and after others went: a kill in between leaves too much.
+            _write(lock, b"%020d" % (held_bytes + grown_bytes), 0)
             os.ftruncate(part, num_bytes)
             return True
 
-    def _keep(self, path: Path) -> None:
-        """Gives a download its final name. Under the lock, for who counts while a file is renamed
-        may be shown neither name."""
-        with storage.explained(str(path)), self._locked():
-            path.with_suffix(".part").replace(path)
+    def _make_room(
+        self, part: int, num_bytes: int, need: Need, outlook: Outlook, *, speculative: bool
+    ) -> int | None:
+        """Counts the folder and evicts until `num_bytes` are free. What it holds then; None where
+        there will be room later. Raises as `_reserve`."""
+        files: list[tuple[str, str, os.stat_result]] = []
+        held_bytes, others_bytes = _HELD_BYTES, 0
+        for name, stat in self._scan():
+            held_bytes += stat.st_size if name != _LOCK_NAME else 0
+            found = _FILE.fullmatch(name)
+            if found is None:
+                continue
+            if found[2] != "part":
+                files.append((name, found[1], stat))
+            elif stat.st_size and stat.st_ino != os.fstat(part).st_ino:
+                freed_bytes = self._remove_dead(name)
+                held_bytes -= freed_bytes
+                others_bytes += stat.st_size - freed_bytes
+        short_bytes = held_bytes + num_bytes - self.bound_bytes
+        if short_bytes <= 0:
+            return held_bytes
+        outlook.follow(self.schedules)
+        known = [
+            CachedFile(name, stat.st_size, stat.st_mtime, *outlook.of(sha256), sha256 in self._own)
+            for name, sha256, stat in files
+        ]
+        choose = functools.partial(choose_victims, known, need=need, now_s=time.time())
+        victims = None
+        if len(files) > MANY_FILES:
+            victims = choose(short_bytes + self.bound_bytes // 50, speculative=True)
+        if victims is None:
+            victims = choose(short_bytes, speculative=speculative)
+        if victims is None:
+            if speculative:
+                raise _NoRoomError
+            if not others_bytes:
+                raise UserError(
+                    f"{self.folder}: no room for {num_bytes} bytes, data.cache_bytes = "
+                    f"{self.bound_bytes}; remove what is not pixloom's, or raise it"
+                )
+            return None
+        sizes = {name: stat.st_size for name, _, stat in files}
+        for name in victims:
+            (self.folder / name).unlink(missing_ok=True)
+            held_bytes -= sizes[name]
+        return held_bytes
 
     def _remove_dead(self, name: str) -> int:
         """Removes a download whose process is gone; returns its size, 0 for a living one."""
@@ -536,6 +562,11 @@ class NodeCache:
             return 0
         finally:
             _unlock(descriptor)
+
+    def _rename(self, part: Path, path: Path) -> None:
+        # Locked: who lists a folder may miss a file that is renamed meanwhile.
+        with storage.explained(str(path)), self._locked():
+            part.replace(path)
 
     def _scan(self) -> list[tuple[str, os.stat_result]]:
         found = []
@@ -578,11 +609,11 @@ class NodeCache:
             _unlock(descriptor)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        descriptor = _open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
+    def _locked(self) -> Iterator[int]:
+        descriptor = _open(self.folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+            yield descriptor
         finally:
             _unlock(descriptor)
 
@@ -609,7 +640,7 @@ def node_cache(folder: str, bound_bytes: int) -> NodeCache:
             disk = os.statvfs(path)
             cache.bound_bytes = (disk.f_bavail * disk.f_frsize + cache.held_bytes()) * 9 // 10
     if Node.of_environment().is_first:
-        cache.forget_damage()
+        cache.look_again()
     return cache
 
 
@@ -681,7 +712,7 @@ class LookAhead:
             found = next(self._scan, None)
             # Looking takes a system call a shard: it shall be little beside the training.
             end_s = time.monotonic()
-            self._next_scan_s = end_s + max(0.1, 20 * (end_s - begin_s))
+            self._next_scan_s = end_s + max(0.1, 50 * (end_s - begin_s))
         return found
 
     def _missing(self) -> Iterator[tuple[int, Need]]:
@@ -817,6 +848,12 @@ def _write(descriptor: int, data: bytes, offset: int) -> None:
     while view:
         done = os.pwrite(descriptor, view, offset)
         view, offset = view[done:], offset + done
+
+
+def _read_held(lock: int) -> int | None:
+    """How much the folder holds at most, by its lock file; None before anybody counted."""
+    text = os.pread(lock, _HELD_BYTES + 1, 0)
+    return int(text) if len(text) == _HELD_BYTES and text.isdigit() else None
 
 
 def _sha256(descriptor: int) -> str:

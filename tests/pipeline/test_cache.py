@@ -177,7 +177,7 @@ def misses(sequence: Sequence[int], room: int) -> int:
             files = []
             for number in cached:
                 need, lingers = outlook.of(shards[number].entry.sha256)
-                files.append(CachedFile(str(number), 1, 0, need, True, lingers))
+                files.append(CachedFile(str(number), 1, 0, need, lingers, True))
             victims = choose_victims(files, 1, Need(0, step), now_s=0, speculative=False)
             assert victims is not None
             assert len(victims) == 1
@@ -211,7 +211,7 @@ def test_no_other_choice_fetches_less(sequence: list[int], room: int) -> None:
 
 def file(name: str, need: float | None, **more: object) -> CachedFile:
     known = None if need is None else Need(0, need)
-    whole = CachedFile(name, bytes=10, used_s=1000, need=known, is_own=True)
+    whole = CachedFile(name, bytes=10, used_s=1000, need=known, is_lingering=False, is_own=True)
     return replace(whole, **more)  # type: ignore[arg-type]
 
 
@@ -403,7 +403,7 @@ def test_a_damaged_shard_is_fetched_twice_then_judged_by_sample(
     assert not cached(reader, 1).exists()
 
     put(screens, url, name)  # repaired: the next run finds it
-    reader.cache.forget_damage()  # type: ignore[union-attr]
+    reader.cache.look_again()  # type: ignore[union-attr]
     assert all(read_all(open_reader(), 1))
 
 
@@ -518,7 +518,7 @@ def test_passing_faults_are_not_seen(
 def test_a_cache_of_one_shard_works_and_stays_in_its_bound(
     open_reader: OpenReader, proxy: FaultyProxy
 ) -> None:
-    largest = max(shard.entry.bytes for shard in open_reader().shards)
+    largest = max(shard.entry.bytes for shard in open_reader().shards) + 20
     reader = open_reader(largest)
     assert reader.cache is not None
     for index in range(3):
@@ -594,7 +594,7 @@ def test_a_killed_download_is_done_again(
 def test_a_killed_download_makes_room_for_others(
     open_reader: OpenReader, proxy: FaultyProxy, url: str
 ) -> None:
-    reader = open_reader(max(shard.entry.bytes for shard in open_reader().shards))
+    reader = open_reader(max(shard.entry.bytes for shard in open_reader().shards) + 20)
     part = kill_within_download(reader, proxy, url)
     assert all(read_all(reader, 1))
     assert not part.exists()
