@@ -99,24 +99,28 @@ class Lanes:
 
     def draw(self, parts: Iterable[tuple[int, int, int]]) -> SampleIds:
         """The samples at places [start, stop) of a lane, for each part (lane, start, stop)."""
-        epochs, positions = [], []
+        # Positions are looked up by epochs, of which there are seldom more than two at once.
+        pieces: dict[int, list[NDArray[np.int64]]] = {}
+        places: dict[int, list[NDArray[np.int64]]] = {}
+        count = 0
         for lane, start, stop in parts:
             while start < stop:
                 epoch, place = divmod(start, self.length)
                 take = min(stop - start, self._window_stop(place) - place)
-                positions.append(self._positions(epoch, lane, place, take))
-                epochs.append(np.full(take, epoch))
-                start += take
-        if not positions:
-            return SampleIds(*np.empty((3, 0), dtype=np.int64))
-        epoch_G, position_G = np.concatenate(epochs), np.concatenate(positions)
-        shard_G, index_G = np.empty((2, len(epoch_G)), dtype=np.int64)
-        for epoch in np.unique(epoch_G).tolist():
-            layout, of_epoch = self._epoch(epoch), epoch_G == epoch
-            position = position_G[of_epoch]
-            place_of_shard = np.searchsorted(layout.starts, position, side="right") - 1
-            shard_G[of_epoch] = layout.shards[place_of_shard] + self.first_shard
-            index_G[of_epoch] = position - layout.starts[place_of_shard]
+                pieces.setdefault(epoch, []).append(self._positions(epoch, lane, place, take))
+                places.setdefault(epoch, []).append(np.arange(count, count + take))
+                start, count = start + take, count + take
+        shard_G, index_G, epoch_G = np.empty((3, count), dtype=np.int64)
+        for epoch, positions in pieces.items():
+            layout, position, at = (
+                self._epoch(epoch),
+                np.concatenate(positions),
+                np.concatenate(places[epoch]),
+            )
+            shard = np.searchsorted(layout.starts, position, side="right") - 1
+            shard_G[at] = layout.shards[shard] + self.first_shard
+            index_G[at] = position - layout.starts[shard]
+            epoch_G[at] = epoch
         return SampleIds(shard_G, index_G, epoch_G)
 
     def windows(self, lane: int, start: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:

@@ -110,8 +110,8 @@ def _validate(arguments: argparse.Namespace) -> int:
         dataset = open_split(config, data, arguments.split)
         if dataset.image_CHW != open_split(config, trained_on, "train").image_CHW:
             raise UserError(
-                f"{data.label}: images of CxHxW {dataset.image_CHW}, the run was trained on another "
-                f"size ({trained_on.label}); pack them alike"
+                f"{data.label}: images of CxHxW {dataset.image_CHW}, the run was trained on "
+                f"another size ({trained_on.label}); pack them alike"
             )
         model = load_model(config, trained_on, chosen)
     accelerator = new_accelerator(config)
