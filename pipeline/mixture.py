@@ -60,7 +60,19 @@ class Mixture(Order):
             window=window,
         )
         self.shares = block_shares(self.names, weights or [sum(shards) for shards in self._shards])
-        self._block = functools.lru_cache(maxsize=2 * self.lanes)(self._make_block)
+        self._remember()
+
+    def _remember(self) -> None:
+        # A step needs one block a lane; `uses` also looks ahead, as far in each dataset's windows.
+        size = (2 + len(self.names)) * self.lanes
+        self._block = functools.lru_cache(maxsize=size)(self._make_block)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_block"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remember()
 
     def epochs_after(self, steps: int) -> dict[str, Any]:
         """For the log: also how often each dataset was read in so many steps, by name."""
@@ -102,7 +114,7 @@ class Mixture(Order):
         return tuple(opened)
 
     def _draw(self, parts: Sequence[tuple[int, int, int]]) -> SampleIds:
-        sources: list[NDArray[np.int64]] = []
+        sources: list[NDArray[np.int16]] = []
         parts_of: list[list[tuple[int, int, int]]] = [[] for _ in self.datasets]
         for lane, start, stop in parts:
             bounds = zip(
@@ -125,9 +137,12 @@ class Mixture(Order):
         drawn = self._drawn(lane, step * self.per_lane).tolist()
 
         def of_dataset(number: int) -> Iterator[ShardUse]:
-            for start, stop, shards in self.datasets[number].windows(lane, drawn[number]):
-                first, last = (self._step_of(lane, number, draw) for draw in (start, stop - 1))
+            first = self._step_of(lane, number, drawn[number])
+            for _, stop, shards in self.datasets[number].windows(lane, drawn[number]):
+                # Both are mostly in one block, which need not be shuffled twice.
+                last, following = (self._step_of(lane, number, at) for at in (stop - 1, stop))
                 yield ShardUse(first, last, shards)
+                first = following
 
         return [of_dataset(number) for number in range(len(self.datasets))]
 
@@ -147,9 +162,9 @@ class Mixture(Order):
         offset = int(np.flatnonzero(self._block(lane, block) == number)[rank])
         return (block * BLOCK + offset) // self.per_lane
 
-    def _make_block(self, lane: int, number: int) -> NDArray[np.int64]:
+    def _make_block(self, lane: int, number: int) -> NDArray[np.int16]:
         """Which dataset each place of a block draws from."""
-        sources = np.repeat(np.arange(len(self.shares)), self.shares)
+        sources = np.repeat(np.arange(len(self.shares), dtype=np.int16), self.shares)
         return sources[rng.permutation(rng.key(self.seed, "mixture", lane, number), BLOCK)]
 
 

@@ -17,7 +17,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,9 +48,8 @@ class SampleIds:
         return len(self.shard_G)
 
 
-@dataclass(frozen=True)
-class ShardUse:
-    """The shards that one window of a lane reads, and its steps, both ends included."""
+class ShardUse(NamedTuple):
+    """Steps [first_step, last_step] read samples of these shards."""
 
     first_step: int
     last_step: int
@@ -94,8 +93,18 @@ class Lanes:
         self.num_samples = int(self.shard_samples.sum())
         self.seed, self.num_lanes, self.window = seed, num_lanes, window
         self.length, self.first_shard = length, first_shard
+        self._remember()
+
+    def _remember(self) -> None:
         self._epoch = functools.lru_cache(maxsize=3)(self._make_epoch)
-        self._window = functools.lru_cache(maxsize=2 * num_lanes)(self._make_window)
+        self._window = functools.lru_cache(maxsize=2 * self.num_lanes)(self._make_window)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_epoch", "_window")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remember()
 
     def draw(self, parts: Iterable[tuple[int, int, int]]) -> SampleIds:
         """The samples at places [start, stop) of a lane, for each part (lane, start, stop)."""
@@ -127,9 +136,16 @@ class Lanes:
         """A lane's windows from place `start` on, endless: their places [start, stop), and the
         shards that hold these."""
         while True:
-            place = start % self.length
+            epoch, place = divmod(start, self.length)
             stop = start - place + self._window_stop(place)
-            shards = np.unique(self.draw([(lane, start, stop)]).shard_G)
+            first, last = self._span(lane, place // self.window)
+            if stop - start == last - first:
+                # All of the window, in whatever order: nothing needs to be shuffled to know.
+                layout = self._epoch(epoch)
+                low, high = np.searchsorted(layout.starts, (first, last - 1), side="right")
+                shards = np.sort(layout.shards[low - 1 : high]) + self.first_shard
+            else:
+                shards = np.unique(self.draw([(lane, start, stop)]).shard_G)
             yield start, stop, tuple(shards.tolist())
             start = stop
 
@@ -139,13 +155,18 @@ class Lanes:
 
     def _positions(self, epoch: int, lane: int, place: int, count: int) -> NDArray[np.int64]:
         """The next `count` places of one window, as positions in the epoch's sequence."""
-        lane_start, lane_stop = (
-            number * self.num_samples // self.num_lanes for number in (lane, lane + 1)
-        )
         number, offset = divmod(place, self.window)
-        window_start = lane_start + number * self.window
-        shuffled = self._window(epoch, lane, number, min(self.window, lane_stop - window_start))
-        return shuffled[offset : offset + count] + window_start
+        first, last = self._span(lane, number)
+        shuffled = self._window(epoch, lane, number, last - first)
+        return shuffled[offset : offset + count] + first
+
+    def _span(self, lane: int, number: int) -> tuple[int, int]:
+        """The positions [first, last) in the epoch's sequence of a lane's window."""
+        lane_start, lane_stop = (
+            place * self.num_samples // self.num_lanes for place in (lane, lane + 1)
+        )
+        first = lane_start + number * self.window
+        return first, min(first + self.window, lane_stop)
 
     def _make_window(self, epoch: int, lane: int, number: int, length: int) -> NDArray[np.int64]:
         return rng.permutation(rng.key(self.seed, "window", epoch, lane, number), length)
@@ -249,9 +270,11 @@ class Order:
         return range(first, last)
 
     def uses(self, step: int, places: range) -> Iterator[ShardUse]:
-        """The windows that the lanes of these places of the global batch read from a step on,
-        in the order in which they are begun. Endless; no two overlap in a lane of a dataset."""
-        lanes = range(places.start // self.per_lane, -(-places.stop // self.per_lane))
+        """Which shards are read when: the windows, from `step` on, of the lanes that these places
+        of the global batch touch. In order of `first_step`, epoch after epoch without end."""
+        if not places:
+            return iter(())
+        lanes = range(places[0] // self.per_lane, places[-1] // self.per_lane + 1)
         uses = [use for lane in lanes for use in self._uses(lane, step)]
         return heapq.merge(*uses, key=lambda use: use.first_step)
 

@@ -3,11 +3,13 @@
 import contextlib
 import itertools
 import json
+import pickle
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -65,8 +67,8 @@ def orders(draw: st.DrawFn) -> Order:
 
 
 def again(one: Mixture) -> Mixture:
-    """The same order, which nobody has asked anything yet."""
-    return Mixture(
+    """The same order, which nobody has asked anything yet, as another process gets it."""
+    fresh = Mixture(
         {
             name: dataset.shard_samples.tolist()
             for name, dataset in zip(one.names, one.datasets, strict=True)
@@ -78,6 +80,7 @@ def again(one: Mixture) -> Mixture:
         lanes=one.lanes,
         window=one.window,
     )
+    return cast("Mixture", pickle.loads(pickle.dumps(fresh)))
 
 
 def triples(ids: SampleIds) -> list[tuple[int, int, int]]:
