@@ -18,14 +18,16 @@ from torch import nn
 from pipeline import checkpoint
 from pipeline.cache import Node, NodeCache, Reads, node_cache, reads_of
 from pipeline.config import Config
+from pipeline.datasets import Datasets
+from pipeline.mixture import Mixture
 from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.order import Order
 from pipeline.parallel import unsharded_accelerate
 from pipeline.rng import torch_seed
-from pipeline.stream import BatchDataset, SampleReader, Shard, node_places
+from pipeline.stream import BatchDataset, SampleReader, node_places
 from pipeline.tasks import Task
 from shards import storage
-from shards.format import FormatError, Manifest
+from shards.format import FormatError
 from shards.storage import UserError
 from shards.tokens import TokenizerFile
 
@@ -33,52 +35,58 @@ MAX_NODE_LINES = 8
 """Of what nodes read."""
 
 
-def order_of(config: Config, manifest: Manifest, world_size: int = 1) -> Order:
-    """The training order. Raises `UserError` when sizes do not fit the dataset or the ranks."""
-    if "train" not in manifest.splits:
-        raise UserError(f"{config.data.url}: has no split `train`; pack with --split train=...")
+def order_of(config: Config, data: Datasets, world_size: int = 1) -> Order:
+    """The training order. Raises `UserError` when sizes do not fit the datasets or the ranks."""
+    for root, manifest in zip(data.roots, data.manifests, strict=True):
+        if "train" not in manifest.splits:
+            raise UserError(f"{root}: has no split `train`; pack with --split train=...")
+    counts = [[shard.samples for shard in m.splits["train"]] for m in data.manifests]
+    sizes = {
+        "seed": config.run.seed,
+        "global_size": config.batch.global_size,
+        "micro_size": config.batch.micro_size,
+        "lanes": config.data.lanes,
+        "window": config.data.window,
+    }
     try:
-        order = Order(
-            [shard.samples for shard in manifest.splits["train"]],
-            seed=config.run.seed,
-            global_size=config.batch.global_size,
-            micro_size=config.batch.micro_size,
-            lanes=config.data.lanes,
-            window=config.data.window,
-        )
+        if len(counts) == 1:
+            order = Order(counts[0], **sizes)
+        else:
+            by_name = dict(zip(data.names, counts, strict=True))
+            order = Mixture(by_name, config.data.weights, **sizes)
         order.micros_of(0, world_size)
     except ValueError as error:
-        raise UserError(f"{config.data.url}: {error}") from error
+        raise UserError(f"{data.label}: {error}") from error
     return order
 
 
-def open_split(
-    config: Config, manifest: Manifest, split: str, *, root: str | None = None
-) -> BatchDataset:
-    """The samples of one split, of the run's dataset or of another one at `root`.
+def open_split(config: Config, data: Datasets, split: str) -> BatchDataset:
+    """The samples of one split, of every dataset that has it.
 
     Raises:
         UserError: there is no such split, or its images differ in size.
     """
-    root = root or config.data.url
-    if split not in manifest.splits:
-        raise UserError(f"{root}: no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
-    image = manifest.image
+    if split not in data.splits:
+        raise UserError(f"{data.label}: no split {split!r}; it has {', '.join(data.splits)}")
+    image = data.image
     if image.width is None or image.height is None:
-        raise UserError(f"{root}: images differ in size; pack the dataset with --size WxH to train")
+        raise UserError(
+            f"{data.label}: images differ in size; pack the dataset with --size WxH to train"
+        )
     # A lane reads a window's samples at random: all its shards stay open, in every lane.
     lanes = config.data.lanes or 8
-    mean_samples = manifest.num_samples(split) / len(manifest.splits[split])
-    open_shards = lanes * (2 + math.ceil(config.data.window / mean_samples))
+    open_shards = sum(
+        lanes * (2 + math.ceil(config.data.window * len(shards) / manifest.num_samples(split)))
+        for manifest in data.manifests
+        if (shards := manifest.splits.get(split))
+    )
     return BatchDataset(
         SampleReader(
-            (Shard(root, entry) for entry in manifest.splits[split]),
-            open_shards=open_shards,
-            cache=cache_of(config, root),
+            data.shards(split), open_shards=open_shards, cache=cache_of(config, *data.roots)
         ),
         image_CHW=(image.channels, image.height, image.width),
-        with_tokens=manifest.kind == "pairs",
-        tokenizer=TokenizerFile.of(root, manifest),
+        with_tokens=data.kind == "pairs",
+        tokenizer=TokenizerFile.of(data.roots[0], data.manifests[0]),
         seed=config.run.seed,
     )
 
@@ -133,20 +141,20 @@ def check_reads(order: Order, dataset: BatchDataset) -> None:
         print(f"pixloom: and {len(nodes) - MAX_NODE_LINES} nodes more", file=sys.stderr, flush=True)
 
 
-def new_model(config: Config, manifest: Manifest) -> nn.Module:
-    """The model of a configuration, sized for a dataset, with the weights of the run's seed.
+def new_model(config: Config, data: Datasets) -> nn.Module:
+    """The model of a configuration, sized for its datasets, with the weights of the run's seed.
 
     Raises:
         UserError: the model cannot be trained on this dataset.
     """
-    image, tokenizer = manifest.image, manifest.tokenizer
+    image, tokenizer = data.image, data.tokenizer
     assert image.height is not None
     assert image.width is not None
     if isinstance(config.model, Seq2SeqConfig) and tokenizer is not None:
         longest = tokenizer.longest - 2  # <bos> and <eos>
         if longest > config.model.max_tokens:
             raise UserError(
-                f"{config.data.url}: has codes of {longest} tokens, and model.max_tokens = "
+                f"{data.label}: has codes of {longest} tokens, and model.max_tokens = "
                 f"{config.model.max_tokens} would cut them short; raise it"
             )
     torch.manual_seed(torch_seed(config.run.seed, "weights"))
@@ -159,13 +167,13 @@ def new_model(config: Config, manifest: Manifest) -> nn.Module:
             vocab_size=tokenizer.vocab_size if tokenizer else None,
         )
     except ValueError as error:
-        raise UserError(f"{config.data.url}: {error}") from error
+        raise UserError(f"{data.label}: {error}") from error
     return model.to(dtype=dtype_of(config)).to(memory_format=torch.channels_last)
 
 
-def load_model(config: Config, manifest: Manifest, chosen: str) -> nn.Module:
+def load_model(config: Config, data: Datasets, chosen: str) -> nn.Module:
     """The model with the weights of a checkpoint, on the CPU."""
-    model = new_model(config, manifest)
+    model = new_model(config, data)
     with checkpoint.opened(chosen) as folder:
         checkpoint.restore(folder, model, None)
     return model

@@ -66,10 +66,11 @@ Uses = Callable[[int], Iterator[ShardUse]]
 
 
 class Shard(NamedTuple):
-    """A shard of the dataset at `root`."""
+    """A shard of the dataset at `root`, the `dataset`-th of those that a run reads."""
 
     root: str
     entry: ShardEntry
+    dataset: int = 0
 
     @property
     def url(self) -> str:

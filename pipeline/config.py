@@ -58,8 +58,12 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    url: str
+    url: str = ""
     """root of a packed dataset (where manifest.json lies)"""
+    urls: tuple[str, ...] = ()
+    """in place of data.url: roots of several datasets, to be mixed"""
+    weights: tuple[float, ...] = ()
+    """part of the samples that is drawn from each of data.urls, in any unit; default: its size"""
     lanes: int = 0
     """streams read side by side; divides batch.global_size; 0: its largest divisor up to 8"""
     window: int = 8192
@@ -76,6 +80,21 @@ class DataConfig:
     """damaged training samples (each keeps its place, with weight 0) before the run stops"""
 
     def __post_init__(self) -> None:
+        if bool(self.url) == bool(self.urls):
+            raise ValueError(
+                "data.url, data.urls: set exactly one of them, to the root of a packed dataset, or "
+                "to those of several"
+            )
+        for url in self.urls:
+            if self.urls.count(url) > 1:
+                raise ValueError(f"data.urls: {url} is there twice; give it a weight instead")
+        if self.weights and len(self.weights) != len(self.urls):
+            raise ValueError(
+                f"data.weights: {len(self.weights)} of them for {len(self.urls)} of data.urls; "
+                "give one for each, or none"
+            )
+        if not all(0 < weight < math.inf for weight in self.weights):
+            raise ValueError("data.weights: each must be above 0 and finite")
         _at_least("data.lanes", self.lanes, 0)
         _at_least("data.window", self.window, 1)
         _at_least("data.workers", self.workers, 0)
@@ -189,6 +208,7 @@ MAY_CHANGE = frozenset(
         "run.max_time_s",
         "run.log_every_steps",
         "data.url",
+        "data.urls",
         "data.workers",
         "data.cache_dir",
         "data.cache_bytes",

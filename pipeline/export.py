@@ -29,12 +29,13 @@ from torch import nn
 from pipeline import __version__, checkpoint
 from pipeline.build import dtype_of, load_model
 from pipeline.config import Config, config_of, config_of_run, to_dict
+from pipeline.datasets import Datasets
 from pipeline.dcp import write_tensors
 from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.state import TrainState
 from pipeline.tasks import build_task
 from shards import storage
-from shards.format import TOKENIZER_NAME, ImagePolicy, Manifest
+from shards.format import TOKENIZER_NAME, ImagePolicy
 from shards.storage import UserError
 
 EXPORT_FORMAT = "pixloom export"
@@ -43,7 +44,9 @@ CONFIG_NAME = "config.json"
 MODEL_NAME = "model.safetensors"
 
 # They say where things lie, and how a run was started; what they say means nothing elsewhere.
-_LEFT_OUT = frozenset({"run.dir", "run.resume", "run.init", "data.url", "checkpoint.url"})
+_LEFT_OUT = frozenset(
+    {"run.dir", "run.resume", "run.init", "data.url", "data.urls", "checkpoint.url"}
+)
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,10 @@ class Export:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A checkpoint of a run, with what of its dataset it takes to use it."""
+    """A checkpoint of a run, with what of its datasets it takes to use it."""
 
     config: Config
-    manifest: Manifest
+    data: Datasets
     meta: checkpoint.Meta
     model: nn.Module
     tokenizer_json: str | None
@@ -112,19 +115,19 @@ def open_run(run: Path, which: str) -> TrainedRun:
     config = config_of_run(run)
     chosen = checkpoint.choose(run, which)
     meta = checkpoint.Meta.read(chosen)
-    manifest = storage.load_manifest(config.data.url)
-    if meta.data_digest != manifest.data_digest:
+    data = Datasets.of(config.data)
+    if meta.data_digest != data.data_digest:
         raise UserError(
-            f"{config.data.url}: another dataset (digest {manifest.data_digest[:12]}) than the "
+            f"{data.label}: another dataset (digest {data.data_digest[:12]}) than the "
             f"run was trained on ({meta.data_digest[:12]}); put that one back"
         )
     text = None
-    if isinstance(config.model, Seq2SeqConfig) and manifest.tokenizer is not None:
-        url = storage.join(config.data.url, manifest.tokenizer.file)
+    if isinstance(config.model, Seq2SeqConfig) and data.tokenizer is not None:
+        url = storage.join(data.roots[0], data.tokenizer.file)
         text = storage.read_text(url)
-        if hashlib.sha256(text.encode()).hexdigest() != manifest.tokenizer.sha256:
+        if hashlib.sha256(text.encode()).hexdigest() != data.tokenizer.sha256:
             raise UserError(f"{url}: not the tokenizer that the manifest names; pack again")
-    return TrainedRun(config, manifest, meta, load_model(config, manifest, chosen), text)
+    return TrainedRun(config, data, meta, load_model(config, data, chosen), text)
 
 
 def write_export(run: Path, which: str, folder: Path, *, overwrite: bool = False) -> Export:
@@ -134,15 +137,15 @@ def write_export(run: Path, which: str, folder: Path, *, overwrite: bool = False
         UserError: as `open_run`; or `folder` holds something else, and no `overwrite`.
     """
     trained = open_run(run, which)
-    config, manifest, state = trained.config, trained.manifest, trained.meta.state
+    config, data, state = trained.config, trained.data, trained.meta.state
     tokenizer_json = trained.tokenizer_json
-    vocab_size = manifest.tokenizer.vocab_size if tokenizer_json and manifest.tokenizer else None
+    vocab_size = data.tokenizer.vocab_size if tokenizer_json and data.tokenizer else None
     body: dict[str, Any] = {
         "format": EXPORT_FORMAT,
         "version": EXPORT_VERSION,
-        "image": dataclasses.asdict(manifest.image),
+        "image": dataclasses.asdict(data.image),
         "vocab_size": vocab_size,
-        "data_digest": manifest.data_digest,
+        "data_digest": data.data_digest,
         "step": state.step,
         "metrics": _metrics_at(run, config, state),
         "versions": {"pixloom": __version__, "torch": str(torch.__version__)},
@@ -197,7 +200,7 @@ def read_export(folder: Path) -> Export:
                 raise UserError(f"{folder / name}: sha256 differs from {CONFIG_NAME}")
         settings = {
             "run": {"dir": "", "steps": 1},
-            "data": {"url": ""},
+            "data": {"url": "."},
             "model": body["config"]["model"],
             "optim": {"precision": body["config"]["optim"]["precision"]},
         }

@@ -12,10 +12,10 @@ Legend of shape suffixes: G = samples of a global batch, B = samples of a microb
 import argparse
 import functools
 import hashlib
-import itertools
+import heapq
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline import rng
 from shards import storage
+from shards.errors import redact
 from shards.storage import UserError
 
 DIGEST_START = "0" * 32
@@ -32,14 +33,16 @@ DIGEST_START = "0" * 32
 
 @dataclass(frozen=True)
 class SampleIds:
-    """Where samples lie: `shard_G` counts the split's shards in manifest order, `index_G` is the
-    sample's place in its shard. Both int64, of equal length."""
+    """Where samples lie: `shard_G` counts the split's shards in manifest order (of several
+    datasets end to end), `index_G` is the sample's place in its shard, and `epoch_G` says how
+    often its dataset was read before. All int64, of equal length."""
 
     shard_G: NDArray[np.int64]
     index_G: NDArray[np.int64]
+    epoch_G: NDArray[np.int64]
 
     def __getitem__(self, part: slice) -> "SampleIds":
-        return SampleIds(self.shard_G[part], self.index_G[part])
+        return SampleIds(self.shard_G[part], self.index_G[part], self.epoch_G[part])
 
     def __len__(self) -> int:
         return len(self.shard_G)
@@ -61,14 +64,126 @@ class _Epoch:
     starts: NDArray[np.int64]
 
 
-class Order:
-    """The training order of one split.
+class Lanes:
+    """One dataset's split as `num_lanes` endless sequences of samples, epoch after epoch.
 
     1. The shards are permuted anew each epoch and laid end to end.
-    2. The sequence is cut into `lanes` of equal length (give or take one sample); a lane is
+    2. The sequence is cut into lanes of equal length (give or take one sample); a lane is
        permuted in consecutive windows of `window` samples.
-    3. Global batch t of an epoch takes the next `global_size / lanes` samples of every lane,
-       lane-major; an epoch has `floor(N / global_size)` steps, so no sample comes twice in it.
+    3. An epoch of a lane is its first `length` samples, so none comes twice in it.
+
+    Args:
+        shard_samples: samples in each shard, in manifest order.
+        seed: any integer.
+        length: samples of a lane in an epoch; at most the samples divided by `num_lanes`.
+        first_shard: number of the split's first shard among those of all datasets.
+    """
+
+    def __init__(
+        self,
+        shard_samples: Sequence[int] | NDArray[np.int64],
+        *,
+        seed: int,
+        num_lanes: int,
+        window: int,
+        length: int,
+        first_shard: int = 0,
+    ) -> None:
+        self.shard_samples = np.asarray(shard_samples, dtype=np.int64)
+        self.num_samples = int(self.shard_samples.sum())
+        self.seed, self.num_lanes, self.window = seed, num_lanes, window
+        self.length, self.first_shard = length, first_shard
+        self._remember()
+
+    def _remember(self) -> None:
+        self._epoch = functools.lru_cache(maxsize=3)(self._make_epoch)
+        self._window = functools.lru_cache(maxsize=2 * self.num_lanes)(self._make_window)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_epoch", "_window")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remember()
+
+    def draw(self, parts: Iterable[tuple[int, int, int]]) -> SampleIds:
+        """The samples at places [start, stop) of a lane, for each part (lane, start, stop)."""
+        # Positions are looked up by epochs, of which there are seldom more than two at once.
+        pieces: dict[int, list[NDArray[np.int64]]] = {}
+        places: dict[int, list[NDArray[np.int64]]] = {}
+        count = 0
+        for lane, start, stop in parts:
+            while start < stop:
+                epoch, place = divmod(start, self.length)
+                take = min(stop - start, self._window_stop(place) - place)
+                pieces.setdefault(epoch, []).append(self._positions(epoch, lane, place, take))
+                places.setdefault(epoch, []).append(np.arange(count, count + take))
+                start, count = start + take, count + take
+        shard_G, index_G, epoch_G = np.empty((3, count), dtype=np.int64)
+        for epoch, positions in pieces.items():
+            layout, position, at = (
+                self._epoch(epoch),
+                np.concatenate(positions),
+                np.concatenate(places[epoch]),
+            )
+            shard = np.searchsorted(layout.starts, position, side="right") - 1
+            shard_G[at] = layout.shards[shard] + self.first_shard
+            index_G[at] = position - layout.starts[shard]
+            epoch_G[at] = epoch
+        return SampleIds(shard_G, index_G, epoch_G)
+
+    def windows(self, lane: int, start: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """A lane's windows from place `start` on, endless: their places [start, stop), and the
+        shards that hold these."""
+        while True:
+            epoch, place = divmod(start, self.length)
+            stop = start - place + self._window_stop(place)
+            first, last = self._span(lane, place // self.window)
+            if stop - start == last - first:
+                # All of the window, in whatever order: nothing needs to be shuffled to know.
+                layout = self._epoch(epoch)
+                low, high = np.searchsorted(layout.starts, (first, last - 1), side="right")
+                shards = np.sort(layout.shards[low - 1 : high]) + self.first_shard
+            else:
+                shards = np.unique(self.draw([(lane, start, stop)]).shard_G)
+            yield start, stop, tuple(shards.tolist())
+            start = stop
+
+    def _window_stop(self, place: int) -> int:
+        """The end of the window around a place of a lane's epoch, or of the epoch."""
+        return min((place // self.window + 1) * self.window, self.length)
+
+    def _positions(self, epoch: int, lane: int, place: int, count: int) -> NDArray[np.int64]:
+        """The next `count` places of one window, as positions in the epoch's sequence."""
+        number, offset = divmod(place, self.window)
+        first, last = self._span(lane, number)
+        shuffled = self._window(epoch, lane, number, last - first)
+        return shuffled[offset : offset + count] + first
+
+    def _span(self, lane: int, number: int) -> tuple[int, int]:
+        """The positions [first, last) in the epoch's sequence of a lane's window."""
+        lane_start, lane_stop = (
+            place * self.num_samples // self.num_lanes for place in (lane, lane + 1)
+        )
+        first = lane_start + number * self.window
+        return first, min(first + self.window, lane_stop)
+
+    def _make_window(self, epoch: int, lane: int, number: int, length: int) -> NDArray[np.int64]:
+        return rng.permutation(rng.key(self.seed, "window", epoch, lane, number), length)
+
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        shards = rng.permutation(rng.key(self.seed, "shards", epoch), len(self.shard_samples))
+        # Empty shards hold no position: leaving them out keeps `starts` strictly increasing.
+        shards = shards[self.shard_samples[shards] > 0]
+        ends = np.cumsum(self.shard_samples[shards])
+        return _Epoch(shards, np.concatenate([[0], ends[:-1]]))
+
+
+class Order:
+    """The training order of one dataset's split; `pipeline.mixture` has that of several.
+
+    Global batch t takes the next `global_size / lanes` samples of every lane (see `Lanes`),
+    lane-major; an epoch has `floor(N / global_size)` steps, so no sample comes twice in it.
 
     Args:
         shard_samples: samples in each shard, in manifest order.
@@ -117,37 +232,27 @@ class Order:
         self.lanes = lanes
         self.window = window
         self.num_micro = global_size // micro_size
+        self.per_lane = global_size // lanes
         self.steps_per_epoch = self.num_samples // global_size
-        self._remember()
-
-    def _remember(self) -> None:
-        self._epoch = functools.lru_cache(maxsize=2)(self._make_epoch)
-        self._window = functools.lru_cache(maxsize=2 * self.lanes)(self._make_window)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_epoch", "_window")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._remember()
+        self.datasets = self._open_lanes()
 
     def epoch_of(self, step: int) -> tuple[int, int]:
         """(epoch, step within that epoch) of a step, both from 0."""
         return divmod(step, self.steps_per_epoch)
 
+    def epochs_after(self, steps: int) -> dict[str, Any]:
+        """For the log: the epoch that the last of so many steps belongs to."""
+        return {"epoch": self.epoch_of(steps - 1)[0]}
+
+    @property
+    def summary(self) -> str:
+        """For people: what is read, in one line."""
+        return f"{self.num_samples} samples, {self.steps_per_epoch} steps an epoch"
+
     def samples_of(self, step: int) -> SampleIds:
         """The global batch of a step, in order: `global_size` ids."""
-        epoch, t = self.epoch_of(step)
-        per_lane = self.global_size // self.lanes
-        position_G = np.concatenate(
-            [
-                self._lane_positions(epoch, lane, t * per_lane, (t + 1) * per_lane)
-                for lane in range(self.lanes)
-            ]
-        )
-        layout = self._epoch(epoch)
-        place_G = np.searchsorted(layout.starts, position_G, side="right") - 1
-        return SampleIds(layout.shards[place_G], position_G - layout.starts[place_G])
+        start, stop = step * self.per_lane, (step + 1) * self.per_lane
+        return self._draw([(lane, start, stop) for lane in range(self.lanes)])
 
     def micros_of(self, rank: int, world_size: int) -> range:
         """The microbatches of every step that this rank computes: [rM/W, (r+1)M/W).
@@ -167,52 +272,37 @@ class Order:
     def uses(self, step: int, places: range) -> Iterator[ShardUse]:
         """Which shards are read when: the windows, from `step` on, of the lanes that these places
         of the global batch touch. In order of `first_step`, epoch after epoch without end."""
-        per_lane = self.global_size // self.lanes
         if not places:
-            return
-        lanes = range(places[0] // per_lane, places[-1] // per_lane + 1)
-        first_epoch, t = self.epoch_of(step)
-        for epoch in itertools.count(first_epoch):
-            layout, begin = self._epoch(epoch), epoch * self.steps_per_epoch
-            used = self.steps_per_epoch * per_lane  # the rest of a lane is not read
-            skipped = t * per_lane // self.window if epoch == first_epoch else 0
-            for start in range(skipped * self.window, used, self.window):
-                stop = min(start + self.window, used)
-                first, last = begin + start // per_lane, begin + (stop - 1) // per_lane
-                for lane in lanes:
-                    lane_start, lane_stop = (
-                        place * self.num_samples // self.lanes for place in (lane, lane + 1)
-                    )
-                    # Shuffled as a whole: also a sample that is not read may lend its place.
-                    end = min(lane_start + start + self.window, lane_stop)
-                    ends = (lane_start + start, end - 1)
-                    low, high = np.searchsorted(layout.starts, ends, side="right")
-                    yield ShardUse(first, last, tuple(layout.shards[low - 1 : high].tolist()))
+            return iter(())
+        lanes = range(places[0] // self.per_lane, places[-1] // self.per_lane + 1)
+        uses = [use for lane in lanes for use in self._uses(lane, step)]
+        return heapq.merge(*uses, key=lambda use: use.first_step)
 
-    def _lane_positions(self, epoch: int, lane: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Positions [start, stop) of a shuffled lane, as positions in the epoch's sequence."""
-        lane_start, lane_stop = (
-            place * self.num_samples // self.lanes for place in (lane, lane + 1)
+    def _open_lanes(self) -> tuple[Lanes, ...]:
+        """The lanes of each dataset."""
+        length = self.steps_per_epoch * self.per_lane
+        return (
+            Lanes(
+                self.shard_samples,
+                seed=self.seed,
+                num_lanes=self.lanes,
+                window=self.window,
+                length=length,
+            ),
         )
-        pieces = []
-        while start < stop:
-            number, offset = divmod(start, self.window)
-            length = min(self.window, lane_stop - lane_start - number * self.window)
-            take = min(stop - start, length - offset)
-            shuffled = self._window(epoch, lane, number, length)
-            pieces.append(shuffled[offset : offset + take] + (lane_start + number * self.window))
-            start += take
-        return np.concatenate(pieces)
 
-    def _make_window(self, epoch: int, lane: int, number: int, length: int) -> NDArray[np.int64]:
-        return rng.permutation(rng.key(self.seed, "window", epoch, lane, number), length)
+    def _draw(self, parts: Sequence[tuple[int, int, int]]) -> SampleIds:
+        """The samples at places [start, stop) of a lane, for each part (lane, start, stop)."""
+        return self.datasets[0].draw(parts)
 
-    def _make_epoch(self, epoch: int) -> _Epoch:
-        shards = rng.permutation(rng.key(self.seed, "shards", epoch), len(self.shard_samples))
-        # Empty shards hold no position: leaving them out keeps `starts` strictly increasing.
-        shards = shards[self.shard_samples[shards] > 0]
-        ends = np.cumsum(self.shard_samples[shards])
-        return _Epoch(shards, np.concatenate([[0], ends[:-1]]))
+    def _uses(self, lane: int, step: int) -> list[Iterator[ShardUse]]:
+        """As `uses`, of one lane; an iterator a dataset."""
+
+        def of_lane() -> Iterator[ShardUse]:
+            for start, stop, shards in self.datasets[0].windows(lane, step * self.per_lane):
+                yield ShardUse(start // self.per_lane, (stop - 1) // self.per_lane, shards)
+
+        return [of_lane()]
 
 
 def validation_batches(shard_samples: Sequence[int], size: int) -> Iterator[SampleIds]:
@@ -223,7 +313,7 @@ def validation_batches(shard_samples: Sequence[int], size: int) -> Iterator[Samp
     for first in range(0, total, size):
         position = np.arange(first, min(first + size, total))
         shard = np.searchsorted(starts, position, side="right") - 1
-        yield SampleIds(shard, position - starts[shard])
+        yield SampleIds(shard, position - starts[shard], np.zeros_like(shard))
 
 
 def validation_uses(
@@ -277,7 +367,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _print_step(arguments: argparse.Namespace) -> int:
     from pipeline.build import cache_of, order_of
     from pipeline.config import config_from
-    from pipeline.stream import SampleReader, Shard
+    from pipeline.datasets import Datasets
+    from pipeline.stream import SampleReader
 
     if arguments.step < 0:
         raise UserError(f"--step {arguments.step}: steps count from 0")
@@ -285,16 +376,17 @@ def _print_step(arguments: argparse.Namespace) -> int:
         setattr(arguments, "run.dir", getattr(arguments, "run.dir") or ".")
         setattr(arguments, "run.steps", getattr(arguments, "run.steps") or "1")
     config = config_from(arguments)
-    manifest = storage.load_manifest(config.data.url)
-    order = order_of(config, manifest)
-    shards = (Shard(config.data.url, entry) for entry in manifest.splits["train"])
-    reader = SampleReader(shards, cache=cache_of(config, config.data.url))
+    data = Datasets.of(config.data)
+    order = order_of(config, data)
+    reader = SampleReader(data.shards("train"), cache=cache_of(config, *data.roots))
 
     def keys_of(step: int) -> list[str]:
         ids = order.samples_of(step)
         return [reader.key(*at) for at in zip(ids.shard_G, ids.index_G, strict=True)]
 
-    keys = keys_of(arguments.step)
+    shards = [reader.shards[shard] for shard in order.samples_of(arguments.step).shard_G]
+    roots = [redact(shard.root) for shard in shards] if len(data.roots) > 1 else []
+    keys = [key.rpartition(" ")[2] for key in keys_of(arguments.step)]
     digest = DIGEST_START
     for step in range(arguments.step + 1 if arguments.digest else 0):
         hashes = [sample_hash(place, key) for place, key in enumerate(keys_of(step))]
@@ -302,9 +394,12 @@ def _print_step(arguments: argparse.Namespace) -> int:
     if arguments.json:
         epoch, place = order.epoch_of(arguments.step)
         body = {"step": arguments.step, "epoch": epoch, "step_of_epoch": place, "keys": keys}
-        print(json.dumps({**body, **({"order_digest": digest} if arguments.digest else {})}))
+        body |= {"datasets": roots} if roots else {}
+        body |= {"order_digest": digest} if arguments.digest else {}
+        print(json.dumps(body))
     else:
-        print("\n".join(keys))
+        lines = (f"{root}\t{key}" for root, key in zip(roots, keys, strict=True))
+        print("\n".join(lines if roots else keys))
         if arguments.digest:
             print(f"order_digest {digest}", file=sys.stderr)
     return 0

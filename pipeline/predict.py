@@ -60,7 +60,7 @@ class Trained:
         """
         if (folder / "config.toml").is_file():
             run = open_run(folder, which or "best")
-            model, settings, image = run.model, run.config, run.manifest.image
+            model, settings, image = run.model, run.config, run.data.image
             tokenizer_json, step = run.tokenizer_json, run.meta.state.step
         elif (folder / CONFIG_NAME).is_file():
             if which is not None:

@@ -25,6 +25,7 @@ from pipeline import checkpoint
 from pipeline.batch import Batch
 from pipeline.build import dtype_of, load_model, open_split
 from pipeline.config import config_of_run
+from pipeline.datasets import Datasets
 from pipeline.decode import greedy
 from pipeline.metrics import HIGHER_IS_BETTER
 from pipeline.models import Autoencoder, Seq2Seq
@@ -41,13 +42,13 @@ _TEXT_LINES = 46
 def draw(run: Path, split: str, which: str, out: Path) -> None:
     """Writes the picture to `out` (PNG). Raises `UserError` when the run has no checkpoint."""
     config = config_of_run(run)
-    manifest = storage.load_manifest(config.data.url)
+    data = Datasets.of(config.data)
     chosen = checkpoint.choose(run, which)
-    model = load_model(config, manifest, chosen).eval()
-    dataset = open_split(config, manifest, split)
+    model = load_model(config, data, chosen).eval()
+    dataset = open_split(config, data, split)
     counts = dataset.reader.shard_samples
     ids = next(validation_batches(counts, _SAMPLES))
-    batch = dataset[BatchPlan(step=0, micro=0, epoch=0, first_place=0, ids=ids)]
+    batch = dataset[BatchPlan(step=0, micro=0, first_place=0, ids=ids)]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
     figure = plt.figure(figsize=(12, 9), facecolor="white", layout="constrained")
@@ -59,7 +60,7 @@ def draw(run: Path, split: str, which: str, out: Path) -> None:
         if isinstance(model, Seq2Seq):
             codes = greedy(model, images, config.model.max_tokens)  # type: ignore[union-attr]
             tokenizer = Tokenizer.from_str(
-                storage.read_text(storage.join(config.data.url, "tokenizer.json"))
+                storage.read_text(storage.join(data.roots[0], "tokenizer.json"))
             )
             _draw_codes(lower, batch, codes, tokenizer)
         else:

@@ -15,18 +15,19 @@ from torch import nn
 
 from pipeline import checkpoint
 from pipeline.config import Config, config_of, differences, to_dict
+from pipeline.datasets import Datasets
 from pipeline.ranks import Ranks, said_once
 from pipeline.runlog import RunLog
 from pipeline.saver import clear_scratch, scratch_of
 from pipeline.state import TrainState
 from shards import storage
-from shards.format import FormatError, Manifest
+from shards.format import FormatError
 from shards.storage import UserError
 
 _LOCK_WAIT_S = 5.0
 
 
-def find(config: Config, manifest: Manifest, ranks: Ranks) -> list[str]:
+def find(config: Config, data: Datasets, ranks: Ranks) -> list[str]:
     """The checkpoints that the run may go on from, newest first: those of the run, or the one
     that run.resume names for a run without any. None when it begins.
 
@@ -37,7 +38,7 @@ def find(config: Config, manifest: Manifest, ranks: Ranks) -> list[str]:
             written.
     """
     with together(ranks):
-        found = _allowed(config, manifest) if ranks.is_main else []
+        found = _allowed(config, data) if ranks.is_main else []
     named = _named(config)
     num_found, is_named = ranks.sum_int(len(found), int(found == [named]))
     if is_named or not num_found:
@@ -47,7 +48,7 @@ def find(config: Config, manifest: Manifest, ranks: Ranks) -> list[str]:
     return [checkpoint.path_of(directory, step) for step in ranks.sum_int(*steps)]
 
 
-def _allowed(config: Config, manifest: Manifest) -> list[str]:
+def _allowed(config: Config, data: Datasets) -> list[str]:
     """As `find`, of one process. Refuses another configuration or dataset."""
     directory = directory_of(config)
     found = checkpoint.committed(directory)[::-1]
@@ -71,7 +72,7 @@ def _allowed(config: Config, manifest: Manifest) -> list[str]:
     intact = (path for path in found if not checkpoint.verify(path, [checkpoint.STATE_NAME]))
     newest = next(intact, None)
     if newest is not None:
-        _check_same(config, manifest, newest)
+        _check_same(config, data, newest)
     # Better now than after the first hours.
     probe = storage.join(directory, f"probe{storage.SCRATCH_NAME}")
     storage.publish_text("", probe)
@@ -79,7 +80,7 @@ def _allowed(config: Config, manifest: Manifest) -> list[str]:
     return found
 
 
-def _check_same(config: Config, manifest: Manifest, newest: str) -> None:
+def _check_same(config: Config, data: Datasets, newest: str) -> None:
     """Raises `UserError` when the checkpoint is of another configuration or dataset."""
     meta = checkpoint.Meta.read(newest)
     # Through `config_of`, so that keys younger than the checkpoint have their default.
@@ -90,10 +91,10 @@ def _check_same(config: Config, manifest: Manifest, newest: str) -> None:
             f"{newest}: was saved under another configuration ({'; '.join(changed)}); "
             "set these back, or choose another run.dir"
         )
-    if meta.data_digest != manifest.data_digest:
+    if meta.data_digest != data.data_digest:
         raise UserError(
             f"{newest}: was trained on another dataset (digest {meta.data_digest[:12]}, "
-            f"{config.data.url} has {manifest.data_digest[:12]}); choose another run.dir"
+            f"{data.label} has {data.data_digest[:12]}); choose another run.dir"
         )
 
 

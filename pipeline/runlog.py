@@ -103,7 +103,7 @@ class RunLog:
         self._append(json.dumps(row))
         quiet = {name for name in ("epoch", "skipped_steps", "bad_samples") if not row.get(name)}
         cells = [
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            f"{name} {_shown(value)}"
             for name, value in row.items()
             if name not in quiet | {"step", "order_digest"}
         ]
@@ -134,6 +134,12 @@ class RunLog:
 def _sample_of(line: str) -> str:
     """Shard and key of a line of the ledger."""
     return line.partition(": ")[0]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _step_of(line: str) -> float:

@@ -29,11 +29,15 @@ from pipeline.cache import LookAhead, Node, NodeCache, Outlook, Schedule
 from pipeline.cache import Shard as Shard
 from pipeline.order import Order, SampleIds, ShardUse, validation_batches, validation_uses
 from shards import storage
+from shards.errors import redact
 from shards.format import FormatError, Receipt, SampleSpan, parse_index
 from shards.storage import UserError
 from shards.tokens import TokenizerFile
 
 T = TypeVar("T")
+
+# How a root is named in messages, computed once, not for every sample.
+_shown = functools.cache(redact)
 
 # File descriptors of one reader; a process may usually have 1024.
 _MAX_FILES = 256
@@ -76,8 +80,10 @@ class SampleReader:
         return [shard.entry.samples for shard in self.shards]
 
     def key(self, shard: int, index: int) -> str:
-        """The sample's key, from the shard's index."""
-        return self._spans(shard)[index].key
+        """The sample's key, from the shard's index; of another than the first dataset with that
+        one's number before it, because keys are unique in a dataset only."""
+        key, dataset = self._spans(shard)[index].key, self.shards[shard].dataset
+        return f"{dataset} {key}" if dataset else key
 
     def read(self, shard: int, index: int) -> RawSample:
         """The members of one sample, checked against the CRC-32 of its shard's receipt.
@@ -87,7 +93,7 @@ class SampleReader:
             UserError: the storage does not answer.
         """
         span = self._spans(shard)[index]
-        where = f"{self.shards[shard].entry.name} {span.key}"
+        where = f"{_shown(self.shards[shard].root)}/{self.shards[shard].entry.name} {span.key}"
         data = bytearray(span.size)
         if self.shards[shard].is_remote:
             self._read_cached(shard, index, data, where)
@@ -140,7 +146,7 @@ class SampleReader:
             return self._files[shard]
         while len(self._files) >= min(self.open_shards, _MAX_FILES):
             os.close(self._files.popitem(last=False)[1])
-        root, entry = self.shards[shard]
+        root, entry, _ = self.shards[shard]
         path = storage.local_path(storage.join(root, entry.name))
         self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._files[shard]
@@ -187,12 +193,11 @@ class BatchPlan:
     """What one batch holds: a microbatch of a step, or a batch of a validation pass, whose number
     is then both `step` and `micro`.
 
-    `first_place` is the place of the first sample in the global batch, `epoch` keys augmentation.
+    `first_place` is the place of the first sample in the global batch.
     """
 
     step: int
     micro: int
-    epoch: int
     first_place: int
     ids: SampleIds
 
@@ -225,17 +230,18 @@ class BatchDataset(Dataset[Batch]):
             self.reader.schedule.step = plan.step
         samples: list[RawSample | SampleError] = []
         augment_keys = []
-        for shard, index in zip(plan.ids.shard_G.tolist(), plan.ids.index_G.tolist(), strict=True):
+        ids = plan.ids
+        for shard, index, epoch in zip(
+            ids.shard_G.tolist(), ids.index_G.tolist(), ids.epoch_G.tolist(), strict=True
+        ):
             try:
                 samples.append(self.reader.read(shard, index))
             except SampleError as error:
                 samples.append(error)
-            augment_keys.append(rng.torch_seed(self.seed, "augment", plan.epoch, shard, index))
+            augment_keys.append(rng.torch_seed(self.seed, "augment", epoch, shard, index))
         return assemble(
             samples,
-            keys=[
-                self.reader.key(*at) for at in zip(plan.ids.shard_G, plan.ids.index_G, strict=True)
-            ],
+            keys=[self.reader.key(*at) for at in zip(ids.shard_G, ids.index_G, strict=True)],
             augment_keys=augment_keys,
             image_CHW=self.image_CHW,
             with_tokens=self.with_tokens,
@@ -268,10 +274,9 @@ class TrainPlans(Sampler[BatchPlan]):
         size = self.order.micro_size
         for step in range(self.start, self.stop):
             ids = self.order.samples_of(step)
-            epoch, _ = self.order.epoch_of(step)
             for micro in self.micros:
                 part = ids[micro * size : (micro + 1) * size]
-                yield BatchPlan(step, micro, epoch, micro * size, part)
+                yield BatchPlan(step, micro, micro * size, part)
 
     def uses(self, step: int) -> Iterator[ShardUse]:
         """What this node reads from a step on."""
@@ -295,7 +300,7 @@ class ValidationPlans(Sampler[BatchPlan]):
     def __iter__(self) -> Iterator[BatchPlan]:
         for number, ids in enumerate(validation_batches(self.shard_samples, self.size)):
             if number % self.world_size == self.rank:
-                yield BatchPlan(number, number, 0, number * self.size, ids)
+                yield BatchPlan(number, number, number * self.size, ids)
 
     def uses(self, batch: int) -> Iterator[ShardUse]:
         """What this node reads from a batch on."""

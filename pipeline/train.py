@@ -28,6 +28,7 @@ from torch import nn
 from pipeline import __version__, build, checkpoint, resume
 from pipeline.batch import Batch
 from pipeline.config import Config, add_config_flags, config_from, parse_flags, to_dict
+from pipeline.datasets import Datasets
 from pipeline.metrics import is_better
 from pipeline.optim import build_optimizer, learning_rate
 from pipeline.order import Order, fold_digest
@@ -112,12 +113,12 @@ def setup(config: Config, stop: StopRequest) -> Run:
     error on one rank alone would leave the others waiting.
     """
     with said_once():
-        manifest = storage.load_manifest(config.data.url)
-        order = build.order_of(config, manifest, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-        train_data = build.open_split(config, manifest, "train")
+        data = Datasets.of(config.data)
+        order = build.order_of(config, data, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        train_data = build.open_split(config, data, "train")
         build.check_reads(order, train_data)
-        val_data = build.open_split(config, manifest, "val") if "val" in manifest.splits else None
-        model = build.new_model(config, manifest)
+        val_data = build.open_split(config, data, "val") if "val" in data.splits else None
+        model = build.new_model(config, data)
         task = build_task(config.model, build.dtype_of(config))
         build.check_metric(config, task)
         check_launcher(config.optim.precision)
@@ -126,7 +127,7 @@ def setup(config: Config, stop: StopRequest) -> Run:
     ranks, saver_ranks = Ranks.of_run(), Ranks.of_run(GROUP_TIMEOUT)
     log = RunLog(Path(config.run.dir), ranks)
     lock = resume.lock_run(config, ranks, log)
-    found = resume.find(config, manifest, ranks)
+    found = resume.find(config, data, ranks)
     if config.run.init and not found:
         with said_once():
             log.say(warm_start(model, config.run.init).line)
@@ -140,7 +141,7 @@ def setup(config: Config, stop: StopRequest) -> Run:
     saver = Saver(config, saver_ranks, log, stop, damaged, room)
     total_steps = config.run.steps or config.run.epochs * order.steps_per_epoch
     run = Run(
-        config=config, data_digest=manifest.data_digest, order=order, total_steps=total_steps,
+        config=config, data_digest=data.data_digest, order=order, total_steps=total_steps,
         train_data=train_data, val_data=val_data, accelerator=accelerator, ranks=ranks, task=task,
         model=model, wrapped=wrapped, optimizer=optimizer, wrapped_optimizer=wrapped_optimizer,
         state=state, log=log, stop=stop, saver=saver, lock=lock, parallel=parallel,
@@ -149,7 +150,7 @@ def setup(config: Config, stop: StopRequest) -> Run:
     log.say(
         f"{config.model.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
         f", {ranks.world_size} x {accelerator.device.type}{parallel.label}; "
-        f"{order.num_samples} samples, {order.steps_per_epoch} steps an epoch; "
+        f"{order.summary}; "
         f"steps {state.step} to {total_steps}"
     )
     return run
@@ -218,7 +219,6 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float) -> bool:
         run.wrapped_optimizer.step()
     run.wrapped_optimizer.zero_grad()
 
-    epoch, _ = run.order.epoch_of(state.step)
     state.step += 1
     state.skipped_steps += int(not finite)
     state.order_digest = fold_digest(state.order_digest, order_hash)
@@ -226,7 +226,7 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float) -> bool:
     if state.step % config.run.log_every_steps == 0 or state.step == run.total_steps:
         loss = float(run.ranks.sum(loss_sum.cpu())) / max(weight, 1)
         run.log.row(
-            {"step": state.step, "epoch": epoch, "loss": loss, "lr": lr,
+            {"step": state.step, **run.order.epochs_after(state.step), "loss": loss, "lr": lr,
              "grad_norm": float(grad_norm), **run.log.speed(), "order_digest": state.order_digest,
              "skipped_steps": state.skipped_steps, "bad_samples": len(state.damaged)},
             of=run.total_steps,
@@ -246,8 +246,8 @@ def validate(run: Run, data: BatchDataset) -> bool:
         save(run)  # what was trained is not lost
         with said_once():
             raise
-    epoch, _ = run.order.epoch_of(state.step - 1)
-    run.log.row({"step": state.step, "epoch": epoch, "split": "val", **metrics}, of=run.total_steps)
+    row = {"step": state.step, **run.order.epochs_after(state.step), "split": "val", **metrics}
+    run.log.row(row, of=run.total_steps)
     metric = run.config.validate.metric or run.task.metric
     better = is_better(metric, metrics[metric], state.best_metric)
     state.stale_validations = 0 if better else state.stale_validations + 1

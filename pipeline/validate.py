@@ -21,12 +21,13 @@ from torch import nn
 from pipeline import checkpoint
 from pipeline.build import dtype_of, load_model, new_accelerator, open_split
 from pipeline.config import config_of_run
+from pipeline.datasets import Datasets
 from pipeline.metrics import merge
 from pipeline.ranks import Ranks, said_once
 from pipeline.stream import BatchDataset, ValidationPlans, make_loader
 from pipeline.tasks import Task, build_task
 from shards import storage
-from shards.format import TOKENIZER_NAME, Manifest
+from shards.format import TOKENIZER_NAME
 from shards.storage import UserError
 
 
@@ -65,8 +66,9 @@ def evaluate(
     ranks.sum(rows)
     totals = merge(rows.tolist())
     if totals[0] != sum(counts):
+        roots = dict.fromkeys(shard.root for shard in dataset.reader.shards)
         raise BadSamplesError(
-            f"{dataset.reader.shards[0].root}: validation counted {totals[0]:.0f} samples, the "
+            f"{', '.join(roots)}: validation counted {totals[0]:.0f} samples, the "
             f"manifest says {sum(counts)}; the others are named above"
         )
     return {"samples": totals[0], **task.metrics(totals)}
@@ -93,19 +95,18 @@ def _validate(arguments: argparse.Namespace) -> int:
     with said_once():
         config = config_of_run(run)
         chosen = checkpoint.choose(run, arguments.checkpoint)
-        trained_on = storage.load_manifest(config.data.url)
-        root = arguments.url or config.data.url
-        manifest = storage.load_manifest(root)
-        if _tokenizer_sha256(manifest) != _tokenizer_sha256(trained_on):
+        trained_on = Datasets.of(config.data)
+        data = Datasets.open([arguments.url]) if arguments.url else trained_on
+        if _tokenizer_sha256(data) != _tokenizer_sha256(trained_on):
             raise UserError(
-                f"{root}: packed with another tokenizer than {config.data.url}; pack it with "
-                f"--tokenizer {storage.join(config.data.url, TOKENIZER_NAME)}"
+                f"{data.label}: packed with another tokenizer than {trained_on.label}; pack it "
+                f"with --tokenizer {storage.join(trained_on.roots[0], TOKENIZER_NAME)}"
             )
-        dataset = open_split(config, manifest, arguments.split, root=root)
+        dataset = open_split(config, data, arguments.split)
         if dataset.image_CHW != open_split(config, trained_on, "train").image_CHW:
             raise UserError(
-                f"{root}: images of CxHxW {dataset.image_CHW}, the run was trained on another size "
-                f"({config.data.url}); pack them alike"
+                f"{data.label}: images of CxHxW {dataset.image_CHW}, the run was trained on "
+                f"another size ({trained_on.label}); pack them alike"
             )
         model = load_model(config, trained_on, chosen)
     accelerator = new_accelerator(config)
@@ -123,13 +124,13 @@ def _validate(arguments: argparse.Namespace) -> int:
     if ranks.is_main:
         row: dict[str, Any] = {
             "split": arguments.split,
-            "data_digest": manifest.data_digest,
+            "data_digest": data.data_digest,
             "checkpoint": checkpoint.name_of(chosen),
             **metrics,
         }
         name = f"validate-{arguments.split}"
-        if manifest.data_digest != trained_on.data_digest:
-            name += f"-{manifest.data_digest[:12]}"
+        if data.data_digest != trained_on.data_digest:
+            name += f"-{data.data_digest[:12]}"
         storage.publish_text(json.dumps(row, indent=1) + "\n", str(run / f"{name}.json"))
         if arguments.json:
             print(json.dumps(row))
@@ -143,8 +144,8 @@ def _shown(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _tokenizer_sha256(manifest: Manifest) -> str | None:
-    return manifest.tokenizer.sha256 if manifest.tokenizer else None
+def _tokenizer_sha256(data: Datasets) -> str | None:
+    return data.tokenizer.sha256 if data.tokenizer else None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from pipeline import checkpoint
 from pipeline.build import load_model, open_split
 from pipeline.config import config_of, read_toml
+from pipeline.datasets import Datasets
 from pipeline.models import Seq2Seq
 from pipeline.order import validation_batches
 from pipeline.stream import BatchPlan
@@ -88,9 +89,9 @@ def model_and_batch(folder: Path) -> tuple[Seq2Seq, Any]:
     path = folder / "run" / "config.toml"
     config = config_of(read_toml(str(path)), str(path))
     root = str(folder / "shards")
-    manifest = load_manifest(root)
-    model = load_model(config, manifest, checkpoint.choose(folder / "run", "best")).eval()
+    data = Datasets.open([root])
+    model = load_model(config, data, checkpoint.choose(folder / "run", "best")).eval()
     assert isinstance(model, Seq2Seq)
-    dataset = open_split(config, manifest, "test")
+    dataset = open_split(config, data, "test")
     ids = next(validation_batches([s.samples for s in dataset.reader.shards], 64))
-    return model, dataset[BatchPlan(step=0, micro=0, epoch=0, first_place=0, ids=ids)]
+    return model, dataset[BatchPlan(step=0, micro=0, first_place=0, ids=ids)]

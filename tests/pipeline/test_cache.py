@@ -74,7 +74,13 @@ def test_uses_are_the_windows_that_the_places_touch(
         assert read <= {n for u in uses if u.first_step <= step <= u.last_step for n in u.shards}
     # Not more than whole windows: every shard of a use lies in a window of a touched lane.
     whole = list(itertools.takewhile(lambda u: u.first_step < stop, order.uses(0, places)))
-    assert uses == [use for use in whole if use.last_step >= start]
+    for use in uses:
+        assert any(
+            use.first_step == max(start, one.first_step)
+            and use.last_step == one.last_step
+            and set(use.shards) <= set(one.shards)
+            for one in whole
+        )
     per_lane = order.global_size // order.lanes
     for use in uses:
         steps = use.last_step - use.first_step + 1
@@ -335,7 +341,8 @@ def test_samples_are_those_of_the_local_dataset(
     local = SampleReader(Shard(str(screens), shard.entry) for shard in reader.shards)
     for shard, entry in enumerate(reader.shard_samples):
         for index in range(entry):
-            assert reader.read(shard, index) == local.read(shard, index)
+            mine, theirs = reader.read(shard, index), local.read(shard, index)
+            assert (mine.key, mine.members) == (theirs.key, theirs.members)
     assert tar_gets(proxy) == [1] * len(reader.shards)
     other = pickle.loads(pickle.dumps(reader))
     assert other.read(0, 0) == local.read(0, 0)
@@ -538,7 +545,7 @@ def test_a_folder_full_of_other_things_is_said(open_reader: OpenReader) -> None:
 
 
 def test_no_other_name_than_a_hash_becomes_a_path(tmp_path: Path) -> None:
-    entry = replace(entry_of(1), sha256="../../etc/passwd")
+    entry = entry_of(1)._replace(sha256="../../etc/passwd")
     with pytest.raises(FormatError, match="is no SHA-256"):
         SampleReader([Shard("s3://b/d", entry)], cache=NodeCache(tmp_path, 1))
 

@@ -106,7 +106,7 @@ def test_a_value_where_a_section_belongs(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.url is missing: root of a packed dataset"):
+    with pytest.raises(UserError, match=r"data\.url, data\.urls: set exactly one of them"):
         read(tmp_path, '[run]\ndir = "r"\nsteps = 1\n')
     with pytest.raises(UserError, match=r"no\.toml: cannot read the configuration"):
         config_from(argparse.Namespace(config=str(tmp_path / "no.toml")))
@@ -128,6 +128,7 @@ def test_only_keys_that_cannot_reach_the_result_may_change(tmp_path: Path) -> No
         "run.max_time_s",
         "run.log_every_steps",
         "data.url",
+        "data.urls",
         "data.workers",
         "data.cache_dir",
         "data.cache_bytes",

@@ -14,6 +14,7 @@ from pipeline.batch import Batch
 from pipeline.build import load_model, open_split
 from pipeline.checkpoint import choose
 from pipeline.config import config_of, read_toml
+from pipeline.datasets import Datasets
 from pipeline.decode import greedy
 from pipeline.export import write_export
 from pipeline.models import Seq2Seq
@@ -33,11 +34,10 @@ def exported(screens_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def packed_split(run: Path, split: str) -> tuple[Batch, list[str]]:
     """A whole split as one batch, and the names of its source files."""
     config = config_of(read_toml(str(run / "config.toml")), "config.toml")
-    manifest = load_manifest(config.data.url)
-    dataset = open_split(config, manifest, split)
+    dataset = open_split(config, Datasets.of(config.data), split)
     counts = dataset.reader.shard_samples
     ids = next(validation_batches(counts, sum(counts)))
-    batch = dataset[BatchPlan(step=0, micro=0, epoch=0, first_place=0, ids=ids)]
+    batch = dataset[BatchPlan(step=0, micro=0, first_place=0, ids=ids)]
     return batch, sources_of(dataset.reader)
 
 
@@ -61,8 +61,8 @@ def test_a_run_and_its_export_say_what_validation_decodes(
 ) -> None:
     batch, names = packed_split(screens_run, "test")
     config = config_of(read_toml(str(screens_run / "config.toml")), "config.toml")
-    manifest = load_manifest(config.data.url)
-    model = load_model(config, manifest, choose(screens_run, "best")).eval()
+    data = Datasets.of(config.data)
+    model = load_model(config, data, choose(screens_run, "best")).eval()
     assert isinstance(model, Seq2Seq)
     ids = greedy(model, prepare_images(batch, torch.float32), model.config.max_tokens)
     where = str(screens / "tokenizer.json")

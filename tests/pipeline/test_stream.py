@@ -153,7 +153,7 @@ def test_plain_webdataset_reads_what_stream_reads(
         assert len(foreign) == manifest.num_samples(split)
         counts = [entry.samples for entry in entries]
         ids = next(validation_batches(counts, len(foreign)))
-        batch = dataset[BatchPlan(step=0, micro=0, epoch=0, first_place=0, ids=ids)]
+        batch = dataset[BatchPlan(step=0, micro=0, first_place=0, ids=ids)]
         assert batch.keys == tuple(sample["__key__"] for sample in foreign)
         assert not batch.bad
         for place, (sample, at) in enumerate(
@@ -198,7 +198,7 @@ def damaged(screens: Path, tmp_path: Path) -> Path:
 def batch_of(root: Path, number: int = 6) -> Batch:
     dataset = train_split(root)
     ids = next(validation_batches(dataset.reader.shard_samples, number))
-    return dataset[BatchPlan(step=0, micro=0, epoch=0, first_place=0, ids=ids)]
+    return dataset[BatchPlan(step=0, micro=0, first_place=0, ids=ids)]
 
 
 def test_a_damaged_sample_keeps_its_place_with_weight_0(screens: Path, damaged: Path) -> None:
