@@ -675,6 +675,14 @@ class LookAhead:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def line(self) -> str:
+        """What was done, for people."""
+        return (
+            f"fetched {self.num_fetched} shards ahead, {self.fetched_bytes / 1e6:.1f} MB, to "
+            f"{self._cache.folder}"
+        )
+
     def close(self) -> None:
         """Ends the threads, each after the request that it waits for; not for long."""
         self._stopped.set()
@@ -692,6 +700,7 @@ class LookAhead:
                     continue
                 number, need = found
                 shard = self._schedule.shards[number]
+                begin_s = time.monotonic()
                 done = self._cache.prefetch(shard, need, self._outlook, self._stopped)
                 if done:
                     with self._lock:
@@ -701,6 +710,8 @@ class LookAhead:
                 elif done is False:
                     with self._lock:
                         self._scan = iter(())  # what comes later has no room either
+                        end_s = time.monotonic()
+                        self._next_scan_s = end_s + _pause_s(end_s - begin_s)
             except Exception as error:
                 logger.debug("look-ahead: %s", redact(repr(error)))
                 self._stopped.wait(2.0)
@@ -711,9 +722,8 @@ class LookAhead:
             begin_s = time.monotonic()
             self._scan = self._missing()
             found = next(self._scan, None)
-            # Looking takes a system call a shard: it shall be little beside the training.
             end_s = time.monotonic()
-            self._next_scan_s = end_s + max(0.1, 50 * (end_s - begin_s))
+            self._next_scan_s = end_s + _pause_s(end_s - begin_s)
         return found
 
     def _missing(self) -> Iterator[tuple[int, Need]]:
@@ -739,6 +749,11 @@ class LookAhead:
                 return
 
 
+def _pause_s(spent_s: float) -> float:
+    """Looking takes a system call a shard: it shall be little beside the training."""
+    return min(5.0, max(0.1, 50 * spent_s))
+
+
 @dataclass(frozen=True)
 class Node:
     """The processes of one machine, as the launcher's environment tells them."""
@@ -758,6 +773,10 @@ class Node:
     def is_first(self) -> bool:
         """Whether this process is the one that works for all of the node."""
         return self.local_rank == 0
+
+    @property
+    def number(self) -> int:
+        return self.ranks.start // len(self.ranks)
 
     @property
     def all(self) -> list["Node"]:

@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import zlib
 from collections import OrderedDict
@@ -371,6 +372,9 @@ def make_loader(
     finally:
         if ahead is not None:
             ahead.close()
+            if ahead.num_fetched:
+                number = Node.of_environment().number
+                print(f"pixloom: node {number} {ahead.line}", file=sys.stderr, flush=True)
         if schedule is not None and reader.cache is not None:
             reader.cache.unfollow(schedule)
             reader.schedule = None
