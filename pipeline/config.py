@@ -63,7 +63,7 @@ class DataConfig:
     urls: tuple[str, ...] = ()
     """in place of data.url: roots of several datasets, to be mixed"""
     weights: tuple[float, ...] = ()
-    """part of the samples that is drawn from each of data.urls, in any unit; default: its size"""
+    """what part of the samples is drawn from each of data.urls, in any unit; default: by size"""
     lanes: int = 0
     """streams read side by side; divides batch.global_size; 0: its largest divisor up to 8"""
     window: int = 8192
