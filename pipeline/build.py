@@ -5,7 +5,6 @@ here, in one line, before a process group exists.
 """
 
 import contextlib
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,14 +14,15 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from pipeline import checkpoint
-from pipeline.config import Config
+from pipeline.config import Config, DataConfig, parse_size
+from pipeline.fit import Fit
 from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.order import Order
 from pipeline.parallel import unsharded_accelerate
 from pipeline.rng import torch_seed
-from pipeline.stream import BatchDataset, SampleReader, Shard
+from pipeline.stream import BatchDataset, SampleReader, Shard, open_shards_of
 from pipeline.tasks import Task
-from shards.format import FormatError, Manifest
+from shards.format import FormatError, ImagePolicy, Manifest
 from shards.storage import UserError
 
 
@@ -51,26 +51,50 @@ def open_split(
     """The samples of one split, of the run's dataset or of another one at `root`.
 
     Raises:
-        UserError: there is no such split, or its images differ in size.
+        UserError: there is no such split, or its images differ in size and `data.size` is empty.
     """
     root = root or config.data.url
     if split not in manifest.splits:
         raise UserError(f"{root}: no split {split!r}; it has {', '.join(sorted(manifest.splits))}")
-    image = manifest.image
-    if image.width is None or image.height is None:
-        raise UserError(f"{root}: images differ in size; pack the dataset with --size WxH to train")
-    # A lane reads a window's samples at random: all its shards stay open, in every lane.
-    lanes = config.data.lanes or 8
-    mean_samples = manifest.num_samples(split) / len(manifest.splits[split])
-    open_shards = lanes * (2 + math.ceil(config.data.window / mean_samples))
+    shape = image_shape(config.data, manifest.image, root)
+    open_shards = open_shards_of(
+        manifest, split, lanes=config.data.lanes, window=config.data.window
+    )
     return BatchDataset(
         SampleReader(
             (Shard(root, entry) for entry in manifest.splits[split]), open_shards=open_shards
         ),
-        image_CHW=(image.channels, image.height, image.width),
+        image_CHW=shape,
         with_tokens=manifest.kind == "pairs",
         seed=config.run.seed,
+        fit=fit_of(config.data, manifest.image),
     )
+
+
+def image_shape(data: DataConfig, image: ImagePolicy, root: str = "") -> tuple[int, int, int]:
+    """Channels, height and width of the images that the model is shown: `data.size`, or the size
+    that all images of the dataset share.
+
+    Raises:
+        UserError: they share none, and `data.size` is empty.
+    """
+    fit = fit_of(data, image)
+    if fit is not None:
+        return image.channels, fit.height, fit.width
+    if image.width is None or image.height is None:
+        raise UserError(
+            f"{root or data.url}: images differ in size; set data.size = WxH to scale them as they "
+            "are read, or pack the dataset with --size WxH"
+        )
+    return image.channels, image.height, image.width
+
+
+def fit_of(data: DataConfig, image: ImagePolicy) -> Fit | None:
+    """How images are scaled when they are read; None when they stay as they were packed."""
+    if not data.size:
+        return None
+    width, height = parse_size(data.size)
+    return Fit(height, width, data.fit, image.background)
 
 
 def new_model(config: Config, manifest: Manifest) -> nn.Module:
@@ -79,9 +103,8 @@ def new_model(config: Config, manifest: Manifest) -> nn.Module:
     Raises:
         UserError: the model cannot be trained on this dataset.
     """
-    image, tokenizer = manifest.image, manifest.tokenizer
-    assert image.height is not None
-    assert image.width is not None
+    tokenizer = manifest.tokenizer
+    channels, height, width = image_shape(config.data, manifest.image)
     if isinstance(config.model, Seq2SeqConfig) and tokenizer is not None:
         longest = tokenizer.longest - 2  # <bos> and <eos>
         if longest > config.model.max_tokens:
@@ -93,9 +116,9 @@ def new_model(config: Config, manifest: Manifest) -> nn.Module:
     try:
         model = build_model(
             config.model,
-            image_channels=image.channels,
-            image_height=image.height,
-            image_width=image.width,
+            image_channels=channels,
+            image_height=height,
+            image_width=width,
             vocab_size=tokenizer.vocab_size if tokenizer else None,
         )
     except ValueError as error:

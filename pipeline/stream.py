@@ -8,6 +8,7 @@ mean is `pipeline.batch`'s business.
 import atexit
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -24,9 +25,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline import rng
 from pipeline.batch import Batch, RawSample, SampleError, assemble
+from pipeline.fit import Fit
 from pipeline.order import Order, SampleIds
 from shards import storage
-from shards.format import FormatError, Receipt, SampleSpan, ShardEntry, parse_index
+from shards.format import FormatError, Manifest, Receipt, SampleSpan, ShardEntry, parse_index
 from shards.storage import UserError
 
 # File descriptors of one reader; a process may usually have 1024.
@@ -148,9 +150,11 @@ class BatchDataset(Dataset[Batch]):
         image_CHW: tuple[int, int, int],
         with_tokens: bool,
         seed: int = 0,
+        fit: Fit | None = None,
     ) -> None:
         self.reader = reader
         self.image_CHW = image_CHW
+        self.fit = fit
         self.seed = seed
         self.with_tokens = with_tokens
 
@@ -175,11 +179,19 @@ class BatchDataset(Dataset[Batch]):
             ],
             augment_keys=augment_keys,
             image_CHW=self.image_CHW,
+            fit=self.fit,
             with_tokens=self.with_tokens,
             step=plan.step,
             micro=plan.micro,
             first_place=plan.first_place,
         )
+
+
+def open_shards_of(manifest: Manifest, split: str, *, lanes: int, window: int) -> int:
+    """How many shards a reader of the training order had better keep open."""
+    # A lane reads a window's samples at random: all its shards stay open, in every lane.
+    mean_samples = manifest.num_samples(split) / len(manifest.splits[split])
+    return (lanes or 8) * (2 + math.ceil(window / mean_samples))
 
 
 class TrainPlans(Sampler[BatchPlan]):
