@@ -78,7 +78,8 @@ def _resized(pixels_HWC: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np
         return pixels_HWC
     if not pixels_HWC.flags.writeable:
         pixels_HWC = pixels_HWC.copy()  # torch takes no others; Pillow's are not
-    image_1CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)[None]
+    # The batch axis first: so the strides are those of channels last, which is twice as fast.
+    image_1CHW = torch.from_numpy(pixels_HWC)[None].permute(0, 3, 1, 2)
     resized_1CHW = functional.interpolate(image_1CHW, size, mode="bilinear", antialias=True)
     resized: NDArray[np.uint8] = resized_1CHW[0].permute(1, 2, 0).numpy()
     return resized

@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import psutil  # noqa: E402
-from stream_peers import BATCH, MEAN, PACKAGES, SIDE, STD, WARM_UP, serve, timed  # noqa: E402
+from stream_peers import BATCH, MEAN, PACKAGES, SIDE, STD, serve, timed  # noqa: E402
 
 from pipeline.batch import Batch, RawSample, assemble  # noqa: E402
 from pipeline.fit import Fit  # noqa: E402
@@ -103,7 +103,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         data = folder / f"{kind}-{count}"
         _make(kind, count, data, arguments.screens)
         request: dict[str, Any] = {"folder": str(data), "shards": str(data / "shards")}
-        request["batches"] = count // BATCH - WARM_UP
+        request["batches"] = count // BATCH
         for name, child in children.items():  # formats are converted, code is loaded
             child.ask(**{**request, "name": name, "workers": workers[0], "batches": 1})
         speeds: dict[tuple[str, int], list[float]] = {}

@@ -16,8 +16,6 @@ from typing import Any
 BATCH = 32
 SIDE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-WARM_UP = 3
-"""batches before the clock starts"""
 PACKAGES = {
     "webdataset": "webdataset",
     "mosaicml-streaming": "mosaicml-streaming",
@@ -27,19 +25,20 @@ PACKAGES = {
 Batches = Iterable[Any]
 
 
-def timed(batches: Batches, count: int) -> float:
-    """Images a second of `count` batches, after the warm-up."""
-    start_s, seen = 0.0, 0
+def timed(batches: Batches, total: int) -> float:
+    """Images a second of the last of `total` batches: of all but three, or the second half."""
+    warm_up = min(3, total // 2)
+    start_s, seen = time.perf_counter(), 0
     for seen, images_BCHW in enumerate(batches, 1):
         if seen == 1:
             assert tuple(images_BCHW.shape) == (BATCH, 3, SIDE, SIDE), images_BCHW.shape
-        if seen == WARM_UP:
+        if seen == warm_up:
             start_s = time.perf_counter()
-        if seen == WARM_UP + count:
+        if seen == total:
             break
-    if seen != WARM_UP + count:
-        raise RuntimeError(f"{seen} batches, {WARM_UP + count} expected")
-    return count * BATCH / (time.perf_counter() - start_s)
+    if seen != total:
+        raise RuntimeError(f"{seen} batches, {total} expected")
+    return (total - warm_up) * BATCH / (time.perf_counter() - start_s)
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -88,6 +87,14 @@ class _Transformed:
         if hasattr(image, "convert"):
             return self.pil(image.convert("RGB"))
         return self.tensor(image)
+
+
+class _ImageOf:
+    def __init__(self, change: Callable[[Any], Any]) -> None:
+        self.change = change
+
+    def __call__(self, sample: Any) -> Any:
+        return self.change(sample["image"])
 
 
 def _webdataset(folder: Path, shards: Path, workers: int) -> Iterator[Any]:
@@ -156,15 +163,10 @@ def _litdata(folder: Path, shards: Path, workers: int) -> Iterator[Any]:
             num_workers=1,
         )
 
-    class Pictures(litdata.StreamingDataset):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__(str(local), shuffle=True, drop_last=True)
-            self.transform_ = _Transformed()
-
-        def __getitem__(self, index: Any) -> Any:
-            return self.transform_(super().__getitem__(index)["image"])
-
-    loader = litdata.StreamingDataLoader(Pictures(), batch_size=BATCH, num_workers=workers)
+    dataset = litdata.StreamingDataset(
+        str(local), shuffle=True, drop_last=True, transform=_ImageOf(_Transformed())
+    )
+    loader = litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers)
     while True:
         for images_BCHW in loader:
             if len(images_BCHW) == BATCH:
