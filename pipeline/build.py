@@ -5,7 +5,6 @@ here, in one line, before a process group exists.
 """
 
 import contextlib
-import math
 import os
 import sys
 import warnings
@@ -16,18 +15,17 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 from pipeline import checkpoint
-from pipeline.cache import Node, NodeCache, Reads, node_cache, reads_of
-from pipeline.config import Config
+from pipeline.cache import Node, Reads, reads_of
+from pipeline.config import Config, DataConfig, parse_size
 from pipeline.datasets import Datasets
-from pipeline.mixture import Mixture
+from pipeline.fit import Fit
 from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.order import Order
 from pipeline.parallel import unsharded_accelerate
 from pipeline.rng import torch_seed
 from pipeline.stream import BatchDataset, SampleReader, node_places
 from pipeline.tasks import Task
-from shards import storage
-from shards.format import FormatError
+from shards.format import FormatError, ImagePolicy
 from shards.storage import UserError
 from shards.tokens import TokenizerFile
 
@@ -37,23 +35,16 @@ MAX_NODE_LINES = 8
 
 def order_of(config: Config, data: Datasets, world_size: int = 1) -> Order:
     """The training order. Raises `UserError` when sizes do not fit the datasets or the ranks."""
-    for root, manifest in zip(data.roots, data.manifests, strict=True):
-        if "train" not in manifest.splits:
-            raise UserError(f"{root}: has no split `train`; pack with --split train=...")
-    counts = [[shard.samples for shard in m.splits["train"]] for m in data.manifests]
-    sizes = {
-        "seed": config.run.seed,
-        "global_size": config.batch.global_size,
-        "micro_size": config.batch.micro_size,
-        "lanes": config.data.lanes,
-        "window": config.data.window,
-    }
+    order = data.order(
+        "train",
+        config.data.weights,
+        seed=config.run.seed,
+        global_size=config.batch.global_size,
+        micro_size=config.batch.micro_size,
+        lanes=config.data.lanes,
+        window=config.data.window,
+    )
     try:
-        if len(counts) == 1:
-            order = Order(counts[0], **sizes)
-        else:
-            by_name = dict(zip(data.names, counts, strict=True))
-            order = Mixture(by_name, config.data.weights, **sizes)
         order.micros_of(0, world_size)
     except ValueError as error:
         raise UserError(f"{data.label}: {error}") from error
@@ -64,38 +55,21 @@ def open_split(config: Config, data: Datasets, split: str) -> BatchDataset:
     """The samples of one split, of every dataset that has it.
 
     Raises:
-        UserError: there is no such split, or its images differ in size.
+        UserError: there is no such split, or its images differ in size and `data.size` is empty.
     """
     if split not in data.splits:
         raise UserError(f"{data.label}: no split {split!r}; it has {', '.join(data.splits)}")
-    image = data.image
-    if image.width is None or image.height is None:
-        raise UserError(
-            f"{data.label}: images differ in size; pack the dataset with --size WxH to train"
-        )
-    # A lane reads a window's samples at random: all its shards stay open, in every lane.
-    lanes = config.data.lanes or 8
-    open_shards = sum(
-        lanes * (2 + math.ceil(config.data.window * len(shards) / manifest.num_samples(split)))
-        for manifest in data.manifests
-        if (shards := manifest.splits.get(split))
-    )
+    shape = image_shape(config.data, data.image, data.label)
+    open_shards = data.open_shards(split, lanes=config.data.lanes, window=config.data.window)
+    cache = data.cache(config.data.cache_dir, config.data.cache_bytes)
     return BatchDataset(
-        SampleReader(
-            data.shards(split), open_shards=open_shards, cache=cache_of(config, *data.roots)
-        ),
-        image_CHW=(image.channels, image.height, image.width),
+        SampleReader(data.shards(split), open_shards=open_shards, cache=cache),
+        image_CHW=shape,
         with_tokens=data.kind == "pairs",
         tokenizer=TokenizerFile.of(data.roots[0], data.manifests[0]),
         seed=config.run.seed,
+        fit=fit_of(config.data, data.image),
     )
-
-
-def cache_of(config: Config, *roots: str) -> NodeCache | None:
-    """The node's cache, if one of these datasets lies on an object store."""
-    if not any(map(storage.is_remote, roots)):
-        return None
-    return node_cache(config.data.cache_dir, config.data.cache_bytes)
 
 
 def check_reads(order: Order, dataset: BatchDataset) -> None:
@@ -141,15 +115,40 @@ def check_reads(order: Order, dataset: BatchDataset) -> None:
         print(f"pixloom: and {len(nodes) - MAX_NODE_LINES} nodes more", file=sys.stderr, flush=True)
 
 
+def image_shape(data: DataConfig, image: ImagePolicy, root: str = "") -> tuple[int, int, int]:
+    """Channels, height and width of the images that the model is shown: `data.size`, or the size
+    that all images of the dataset share.
+
+    Raises:
+        UserError: they share none, and `data.size` is empty.
+    """
+    fit = fit_of(data, image)
+    if fit is not None:
+        return image.channels, fit.height, fit.width
+    if image.width is None or image.height is None:
+        raise UserError(
+            f"{root or data.url}: images differ in size; set data.size = WxH to scale them as they "
+            "are read, or pack the dataset with --size WxH"
+        )
+    return image.channels, image.height, image.width
+
+
+def fit_of(data: DataConfig, image: ImagePolicy) -> Fit | None:
+    """How images are scaled when they are read; None when they stay as they were packed."""
+    if not data.size:
+        return None
+    width, height = parse_size(data.size)
+    return Fit(height, width, data.fit, image.background)
+
+
 def new_model(config: Config, data: Datasets) -> nn.Module:
     """The model of a configuration, sized for its datasets, with the weights of the run's seed.
 
     Raises:
         UserError: the model cannot be trained on this dataset.
     """
-    image, tokenizer = data.image, data.tokenizer
-    assert image.height is not None
-    assert image.width is not None
+    tokenizer = data.tokenizer
+    channels, height, width = image_shape(config.data, data.image)
     if isinstance(config.model, Seq2SeqConfig) and tokenizer is not None:
         longest = tokenizer.longest - 2  # <bos> and <eos>
         if longest > config.model.max_tokens:
@@ -161,9 +160,9 @@ def new_model(config: Config, data: Datasets) -> nn.Module:
     try:
         model = build_model(
             config.model,
-            image_channels=image.channels,
-            image_height=image.height,
-            image_width=image.width,
+            image_channels=channels,
+            image_height=height,
+            image_width=width,
             vocab_size=tokenizer.vocab_size if tokenizer else None,
         )
     except ValueError as error:

@@ -14,6 +14,7 @@ import inspect
 import itertools
 import json
 import math
+import re
 import textwrap
 import tomllib
 import typing
@@ -70,6 +71,11 @@ class DataConfig:
     """samples of a lane that are shuffled together"""
     workers: int = 0
     """loader processes a rank; any number gives the same order"""
+    size: str = ""
+    """WxH in pixels: scale every image to it when it is read; default: the size they were packed
+    with"""
+    fit: Literal["stretch", "crop", "pad"] = "stretch"
+    """with data.size: ignore the aspect ratio; cut the longer side; or fill up with background"""
     shift_px: int = 0
     """augmentation: move each training image by up to so many pixels along both axes"""
     cache_dir: str = ""
@@ -95,6 +101,10 @@ class DataConfig:
             )
         if not all(0 < weight < math.inf for weight in self.weights):
             raise ValueError("data.weights: each must be above 0 and finite")
+        if self.size:
+            parse_size(self.size)
+        elif self.fit != "stretch":
+            raise ValueError(f"data.fit = {self.fit}: needs data.size = WxH")
         _at_least("data.lanes", self.lanes, 0)
         _at_least("data.window", self.window, 1)
         _at_least("data.workers", self.workers, 0)
@@ -229,6 +239,14 @@ _MODELS: dict[str, type[ModelConfig]] = {
 _SECTIONS: dict[str, type] = {
     field.name: field.type for field in dataclasses.fields(Config) if isinstance(field.type, type)
 }
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of `data.size`. Raises ValueError naming the key."""
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if found is None:
+        raise ValueError(f"data.size = {text!r}: write WxH in pixels, as 224x224")
+    return int(found[1]), int(found[2])
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:

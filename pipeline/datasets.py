@@ -5,15 +5,21 @@ They share one numbering of shards: those of the first, then those of the second
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.cache import NodeCache, node_cache
 from pipeline.config import DataConfig
+from pipeline.mixture import Mixture
+from pipeline.order import Order
 from pipeline.stream import Shard
 from shards import storage
 from shards.errors import redact
 from shards.format import TOKENIZER_NAME, ImagePolicy, Kind, Manifest, TokenizerEntry
 from shards.storage import UserError
+
+_IMAGE_SIZE = "image size"
 
 
 @dataclass(frozen=True)
@@ -26,11 +32,11 @@ class Datasets:
     @classmethod
     def of(cls, config: DataConfig) -> "Datasets":
         """Those that a configuration names. Raises as `open`."""
-        return cls.open(config.urls or (config.url,))
+        return cls.open(config.urls or (config.url,), any_size=bool(config.size))
 
     @classmethod
-    def open(cls, roots: Sequence[str]) -> "Datasets":
-        """The datasets at these roots, in this order.
+    def open(cls, roots: Sequence[str], *, any_size: bool = False) -> "Datasets":
+        """The datasets at these roots, in this order; with `any_size` their images may differ.
 
         Raises:
             UserError, FormatError: one is not there or damaged, or two of them do not fit together.
@@ -39,6 +45,8 @@ class Datasets:
         first = opened.manifests[0]
         for root, manifest in zip(opened.roots, opened.manifests, strict=True):
             for name, (one, other) in _differences(first, manifest).items():
+                if any_size and name == _IMAGE_SIZE:
+                    continue
                 how = (
                     f"pack it with --tokenizer {storage.join(roots[0], TOKENIZER_NAME)}"
                     if name == "tokenizer"
@@ -98,6 +106,44 @@ class Datasets:
             for entry in manifest.splits.get(split, ())
         ]
 
+    def open_shards(self, split: str, *, lanes: int, window: int) -> int:
+        """How many shards a reader of the training order had better keep open.
+
+        A lane reads a window's samples at random: all its shards stay open, in every lane.
+        """
+        return sum(
+            (lanes or 8) * (2 + math.ceil(window * len(shards) / manifest.num_samples(split)))
+            for manifest in self.manifests
+            if (shards := manifest.splits.get(split))
+        )
+
+    def order(self, split: str, weights: Sequence[float] = (), **layout: int) -> Order:
+        """The training order over a split; `layout` is what `Order` takes.
+
+        Raises:
+            UserError: a dataset lacks the split, or a size or a weight does not fit.
+        """
+        counts = {}
+        for root, name, manifest in zip(self.roots, self.names, self.manifests, strict=True):
+            if split not in manifest.splits:
+                has = ", ".join(sorted(manifest.splits))
+                raise UserError(
+                    f"{root}: has no split {split!r}, but {has}; pack with --split {split}=..."
+                )
+            counts[name] = [shard.samples for shard in manifest.splits[split]]
+        try:
+            if len(counts) == 1:
+                return Order(next(iter(counts.values())), **layout)
+            return Mixture(counts, weights, **layout)
+        except ValueError as error:
+            raise UserError(f"{self.label}: {error}") from error
+
+    def cache(self, folder: str, bound_bytes: int) -> NodeCache | None:
+        """The node's cache, if one of the datasets lies on an object store. Raises `UserError`."""
+        if not any(map(storage.is_remote, self.roots)):
+            return None
+        return node_cache(folder, bound_bytes)
+
 
 def _differences(one: Manifest, other: Manifest) -> dict[str, tuple[str, str]]:
     """What keeps two datasets from being read in one run, by its name."""
@@ -108,7 +154,7 @@ def _differences(one: Manifest, other: Manifest) -> dict[str, tuple[str, str]]:
             {
                 "kind": manifest.kind,
                 "image channels": str(image.channels),
-                "image size": f"{image.width}x{image.height}",
+                _IMAGE_SIZE: f"{image.width}x{image.height}",
                 "tokenizer": tokenizer.sha256[:12] if tokenizer else "none",
             }
         )

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline import __version__, checkpoint
-from pipeline.build import dtype_of, load_model
+from pipeline.build import dtype_of, image_shape, load_model
 from pipeline.config import Config, config_of, config_of_run, to_dict
 from pipeline.datasets import Datasets
 from pipeline.dcp import write_tensors
@@ -75,15 +75,14 @@ class Export:
         Raises:
             UserError: the file cannot be read, or its tensors are not the model's.
         """
-        assert self.image.height is not None
-        assert self.image.width is not None
         path = self.folder / MODEL_NAME
+        channels, height, width = image_shape(self.settings.data, self.image, str(path))
         try:
             model = build_model(
                 self.settings.model,
-                image_channels=self.image.channels,
-                image_height=self.image.height,
-                image_width=self.image.width,
+                image_channels=channels,
+                image_height=height,
+                image_width=width,
                 vocab_size=self.vocab_size,
             )
             model.to(dtype=dtype_of(self.settings))
@@ -198,9 +197,13 @@ def read_export(folder: Path) -> Export:
         for name in _files_of(body):
             if checkpoint.sha256_of(folder / name) != body["files"][name]["sha256"]:
                 raise UserError(f"{folder / name}: sha256 differs from {CONFIG_NAME}")
+        data = body["config"].get("data", {})
         settings = {
             "run": {"dir": "", "steps": 1},
-            "data": {"url": "."},
+            "data": {
+                "url": ".",
+                **{name: data[name] for name in ("size", "fit") if name in data},
+            },
             "model": body["config"]["model"],
             "optim": {"precision": body["config"]["optim"]["precision"]},
         }

@@ -365,7 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_step(arguments: argparse.Namespace) -> int:
-    from pipeline.build import cache_of, order_of
+    from pipeline.build import order_of
     from pipeline.config import config_from
     from pipeline.datasets import Datasets
     from pipeline.stream import SampleReader
@@ -378,7 +378,9 @@ def _print_step(arguments: argparse.Namespace) -> int:
     config = config_from(arguments)
     data = Datasets.of(config.data)
     order = order_of(config, data)
-    reader = SampleReader(data.shards("train"), cache=cache_of(config, *data.roots))
+    reader = SampleReader(
+        data.shards("train"), cache=data.cache(config.data.cache_dir, config.data.cache_bytes)
+    )
 
     def keys_of(step: int) -> list[str]:
         ids = order.samples_of(step)

@@ -27,10 +27,11 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from pipeline.build import dtype_of
+from pipeline.build import dtype_of, fit_of
 from pipeline.config import Config
 from pipeline.decode import greedy
 from pipeline.export import CONFIG_NAME, open_run, read_export
+from pipeline.fit import Fit, decode_fitted
 from pipeline.models import Autoencoder, Seq2Seq
 from pipeline.tasks import as_floats
 from shards import engines, images, storage, tokens
@@ -50,6 +51,8 @@ class Trained:
     image: ImagePolicy
     tokenizer: Tokenizer | None
     step: int
+    fit: Fit | None = None
+    """`data.size` and `data.fit`: how training scaled what was packed"""
 
     @classmethod
     def open(cls, folder: Path, which: str | None = None) -> "Trained":
@@ -74,7 +77,8 @@ class Trained:
         tokenizer = None
         if tokenizer_json is not None:
             tokenizer = tokens.load_tokenizer(tokenizer_json, f"{folder}: its {TOKENIZER_NAME}")
-        return cls(model.eval().to(_device()), settings, image, tokenizer, step)
+        fit = fit_of(settings.data, image)
+        return cls(model.eval().to(_device()), settings, image, tokenizer, step, fit)
 
     def pixels(self, data: bytes) -> NDArray[np.uint8]:
         """An image file's pixels as training would see them: uint8, (height, width, channels).
@@ -83,6 +87,10 @@ class Trained:
             ImageRefused: packing would not have taken it.
         """
         packed = images.fit_and_encode(data, self.image)
+        if self.fit is not None:
+            out_HWC = np.empty((self.fit.height, self.fit.width, self.image.channels), np.uint8)
+            decode_fitted(packed.data, self.fit, out_HWC)
+            return out_HWC
         size = (self.image.width, self.image.height)
         if self.image.fit == "none" and (packed.width, packed.height) != size:
             raise ImageRefused(

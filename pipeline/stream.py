@@ -28,6 +28,7 @@ from pipeline import rng
 from pipeline.batch import Batch, RawSample, SampleError, assemble
 from pipeline.cache import LookAhead, Node, NodeCache, Outlook, Schedule
 from pipeline.cache import Shard as Shard
+from pipeline.fit import Fit
 from pipeline.order import Order, SampleIds, ShardUse, validation_batches, validation_uses
 from shards import storage
 from shards.errors import redact
@@ -214,9 +215,11 @@ class BatchDataset(Dataset[Batch]):
         with_tokens: bool,
         tokenizer: TokenizerFile | None = None,
         seed: int = 0,
+        fit: Fit | None = None,
     ) -> None:
         self.reader = reader
         self.image_CHW = image_CHW
+        self.fit = fit
         self.seed = seed
         self.with_tokens = with_tokens
         self.tokenizer = tokenizer
@@ -245,6 +248,7 @@ class BatchDataset(Dataset[Batch]):
             keys=[self.reader.key(*at) for at in zip(ids.shard_G, ids.index_G, strict=True)],
             augment_keys=augment_keys,
             image_CHW=self.image_CHW,
+            fit=self.fit,
             with_tokens=self.with_tokens,
             tokenizer=self.tokenizer,
             step=plan.step,

@@ -1,0 +1,371 @@
+"""From tar bytes to normalised batches: our loader, other loaders and the ceiling, in turn.
+
+    python tests/benchmarks/stream.py --peers-python VENV/bin/python --json
+    python tests/benchmarks/stream.py --images 96 --rounds 1 --workers 0     ours and the ceiling
+
+Two data sets, `jpeg` (photograph-like, 500x375, about 60 kB) and `png` (screenshots, 1200x690);
+every loader makes shuffled float32 batches of 32, 224x224, normalised, of the same files. The
+rows of one round run one after the other, each loader in a process of its own that waits
+meanwhile; a figure is the median over `--rounds`, in images a second.
+
+`over_fastest_peer` is ours divided by the fastest other loader, at the number of workers where
+this is lowest. `of_ceiling` is ours divided by the ceiling, at its lowest too: the ceiling is the
+same decoding, scaling and normalising of bytes that are already in memory, in as many processes
+(one, for 0 workers) and without any loader. `first_batch_s` is from `Loader(...)` to the first
+batch, `first_batch_at_90_s` after a state at 90% of the epoch was loaded; files are in the page
+cache. `--memory-epochs N` also trains nothing for N epochs and says by how many MB a worker grew.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import psutil  # noqa: E402
+from stream_peers import BATCH, MEAN, PACKAGES, SIDE, STD, serve, timed  # noqa: E402
+
+from pipeline.batch import Batch, RawSample, assemble  # noqa: E402
+from pipeline.fit import Fit  # noqa: E402
+from pipeline.loader import Loader  # noqa: E402
+
+SCREENS = ROOT.parent / "shared" / "data" / "pix2code-web" / "train"
+OURS, CEILING = "pixloom", "ceiling"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0; what the ratios are worth is the caller's business."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--peers-python", type=Path, help="Python of a venv that has the other loaders")
+    add("--peers", default=",".join(PACKAGES), help="which of them [all]")
+    add("--kinds", default="jpeg,png", help="data sets [jpeg,png]")
+    add("--workers", default="0,1,2", help="numbers of loader processes [0,1,2]")
+    add("--rounds", type=int, default=5, help="times that every row is measured [5]")
+    add("--images", type=int, default=768, help="images of the jpeg set; png: half as many [768]")
+    add("--screens", type=Path, default=SCREENS, help="folder of screenshots (else they are drawn)")
+    add("--memory-epochs", type=int, default=0, metavar="N", help="watch memory for N epochs [0]")
+    add("--keep", type=Path, help="folder for the data, kept for the next call [a temporary one]")
+    add("--json", action="store_true", help="one JSON object on stdout")
+    add("--serve", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.serve:
+        torch.set_num_threads(1)
+        serve(_answer)
+        return 0
+    if arguments.peers_python is None:
+        packages = " ".join(PACKAGES.values())
+        print(
+            f"no other loaders: give --peers-python VENV/bin/python of a venv with\n"
+            f"    pip install torch torchvision {packages}",
+            file=sys.stderr,
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        result = measure(arguments.keep or Path(temporary), arguments)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        _show(result)
+    return 0
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that was asked for, with the data in `folder`."""
+    kinds, workers = arguments.kinds.split(","), [int(n) for n in arguments.workers.split(",")]
+    names = [OURS, CEILING]
+    children = dict.fromkeys(names, _Child(sys.executable, str(Path(__file__)), "--serve"))
+    versions = {}
+    for name in arguments.peers.split(",") if arguments.peers_python else []:
+        child = _Child(
+            str(arguments.peers_python), str(Path(__file__).with_name("stream_peers.py"))
+        )
+        versions[name] = child.ask(name=name, do="version")["version"]
+        children[name] = child
+    result: dict[str, Any] = {}
+    for kind in kinds:
+        count = arguments.images if kind == "jpeg" else arguments.images // 2
+        data = folder / f"{kind}-{count}"
+        _make(kind, count, data, arguments.screens)
+        request: dict[str, Any] = {"folder": str(data), "shards": str(data / "shards")}
+        request["batches"] = count // BATCH
+        for name, child in children.items():  # formats are converted, code is loaded
+            child.ask(**{**request, "name": name, "workers": workers[0], "batches": 1})
+        speeds: dict[tuple[str, int], list[float]] = {}
+        for turn in range(arguments.rounds):
+            for number in workers:
+                # Another one begins each time, so that none always follows the same one.
+                order = list(children)
+                order = order[turn % len(order) :] + order[: turn % len(order)]
+                for name in order:
+                    found = children[name].ask(**request, name=name, workers=number)
+                    speeds.setdefault((name, number), []).append(found["images_per_s"])
+                    print(f"{kind} {name} {number}: {found['images_per_s']:.0f}", file=sys.stderr)
+        result[kind] = _summary(speeds, list(versions), workers)
+        result[kind]["bytes_per_image"] = round(
+            sum(path.stat().st_size for path in (data / "raw").iterdir()) / count
+        )
+        result[kind].update(children[OURS].ask(**request, name=OURS, do="first", workers=0))
+        if arguments.memory_epochs:
+            epochs = arguments.memory_epochs
+            result[kind].update(
+                children[OURS].ask(**request, name=OURS, do="memory", epochs=epochs)
+            )
+    for child in children.values():
+        child.close()
+    return {
+        **result,
+        "rounds": arguments.rounds,
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "peers": versions,
+    }
+
+
+def _summary(
+    speeds: dict[tuple[str, int], list[float]], peers: list[str], workers: list[int]
+) -> dict[str, Any]:
+    median = {at: statistics.median(found) for at, found in speeds.items()}
+    over = {n: min((median[OURS, n] / median[p, n] for p in peers), default=None) for n in workers}
+    of = {n: median[OURS, n] / median[CEILING, n] for n in workers}
+    return {
+        "over_fastest_peer": round(min(over.values()), 3) if peers else None,
+        "of_ceiling": round(min(of.values()), 3),
+        "over_fastest_peer_by_workers": {n: x and round(x, 3) for n, x in over.items()},
+        "of_ceiling_by_workers": {n: round(x, 3) for n, x in of.items()},
+        "rows": [
+            {
+                "loader": name,
+                "workers": number,
+                "images_per_s": round(median[name, number], 1),
+                "lowest": round(min(found), 1),
+                "highest": round(max(found), 1),
+            }
+            for (name, number), found in sorted(speeds.items(), key=lambda row: row[0][1])
+        ],
+    }
+
+
+class _Child:
+    """A process that measures on request, one thread in all libraries."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+        one = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
+        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **one, **offline},
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        reply: dict[str, Any] = json.loads(line) if line else {"error": "it ended"}
+        if "error" in reply:
+            raise SystemExit(f"stream.py: {request.get('name')}: {reply['error']}")
+        return reply
+
+    def close(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.wait()
+
+
+# What the child of ours does.
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    if request.get("do") == "first":
+        return _first_batches(request)
+    if request.get("do") == "memory":
+        return _memory(request)
+    if request["name"] == CEILING:
+        return {"images_per_s": _ceiling(request)}
+    batches = _ours(request)
+    try:
+        return {"images_per_s": timed(batches, request["batches"])}
+    finally:
+        batches.close()
+
+
+def _loader(request: dict[str, Any]) -> Loader:
+    workers = request["workers"]
+    return Loader(request["shards"], batch_size=BATCH, size=(SIDE, SIDE), workers=workers)
+
+
+def _ours(request: dict[str, Any]) -> Iterator[torch.Tensor]:
+    for batch in _loader(request):
+        yield batch.images(mean=MEAN, std=STD)
+
+
+def _first_batches(request: dict[str, Any]) -> dict[str, Any]:
+    times = []
+    for share in (0.0, 0.9):
+        start_s = time.perf_counter()
+        loader = _loader(request)
+        state = {**loader.state_dict(), "step": int(loader.steps_per_epoch * share)}
+        loader.load_state_dict(state)
+        batches = iter(loader)
+        next(batches).images(mean=MEAN, std=STD)
+        times.append(round(time.perf_counter() - start_s, 4))
+        batches.close()  # type: ignore[attr-defined]
+    return {"first_batch_s": times[0], "first_batch_at_90_s": times[1]}
+
+
+def _memory(request: dict[str, Any]) -> dict[str, Any]:
+    """Private memory of the one worker, after the second epoch and after the last."""
+    loader = _loader({**request, "workers": 1})
+    used_MB = {}
+    known = {child.pid for child in psutil.Process().children()}
+    for batch in loader:
+        if (batch.step + 1) % loader.steps_per_epoch == 0:
+            epoch = (batch.step + 1) // loader.steps_per_epoch
+            (worker,) = (c for c in psutil.Process().children() if c.pid not in known)
+            used_MB[epoch] = worker.memory_full_info().uss / 1e6
+            if epoch == request["epochs"]:
+                break
+    first, last = used_MB[min(2, request["epochs"])], used_MB[request["epochs"]]
+    return {"worker_MB": round(first, 1), "worker_grew_MB": round(last - first, 1)}
+
+
+def _ceiling(request: dict[str, Any]) -> float:
+    processes = max(1, request["workers"])
+    if processes == 1:
+        return _decode_all(request)
+    context = multiprocessing.get_context("fork")
+    with context.Pool(processes) as pool:
+        return sum(pool.map(_decode_all, [request] * processes, chunksize=1))
+
+
+def _decode_all(request: dict[str, Any]) -> float:
+    """What a loader cannot do without, and nothing else."""
+    samples = [
+        RawSample(path.name, path.name, {path.suffix[1:]: memoryview(path.read_bytes())})
+        for path in sorted((Path(request["folder"]) / "raw").iterdir())
+    ]
+    fit = Fit(SIDE, SIDE)
+
+    def batches() -> Iterator[torch.Tensor]:
+        first = 0
+        while True:
+            yield _assembled(samples[first : first + BATCH], fit).images(mean=MEAN, std=STD)
+            first = (first + BATCH) % (len(samples) - BATCH + 1)
+
+    return timed(batches(), request["batches"])
+
+
+def _assembled(samples: list[RawSample], fit: Fit) -> Batch:
+    keys, places = [sample.key for sample in samples], range(len(samples))
+    return assemble(
+        samples, keys=keys, augment_keys=places, image_CHW=(3, SIDE, SIDE), fit=fit,
+        with_tokens=False, step=0, micro=0, first_place=0,
+    )  # fmt: skip
+
+
+# The data.
+
+
+def _make(kind: str, count: int, folder: Path, screens: Path) -> None:
+    """`raw/` with `count` files, and `shards/` that hold them byte for byte, in eight shards."""
+    if (folder / "shards" / "manifest.json").is_file():
+        return
+    raw = folder / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    found = sorted(screens.glob("*.png")) if screens.is_dir() else []
+    for number in range(count):
+        path = raw / f"{number:05d}.{'jpg' if kind == 'jpeg' else 'png'}"
+        random = np.random.default_rng(number)
+        if kind == "jpeg":
+            Image.fromarray(photograph(random)).save(path, quality=88)
+        elif number < len(found):
+            with Image.open(found[number]) as image:
+                image.convert("RGB").crop((0, 0, 1200, 690)).save(path)
+        else:
+            screenshot(random).save(path)
+    words = ["--kind", "images", "--split", "train=1", "--shard-samples", str(-(-count // 8))]
+    subprocess.run(
+        [sys.executable, "-m", "shards.pack", raw, folder / "shards", *words],
+        check=True,
+        cwd=ROOT,
+        stdout=sys.stderr,
+    )
+
+
+def photograph(random: np.random.Generator) -> NDArray[np.uint8]:
+    """Noise with the spectrum of photographs, under a dozen flat ellipses: (375, 500, 3)."""
+    height, width = 375, 500
+    across, down = np.fft.rfftfreq(width), np.fft.fftfreq(height)[:, None]
+    frequency = np.maximum(np.hypot(across, down), 1 / width)
+
+    def noise(power: float) -> NDArray[np.float64]:
+        spectrum = random.normal(size=frequency.shape) + 1j * random.normal(size=frequency.shape)
+        field = np.fft.irfft2(spectrum / frequency**power, (height, width))
+        return (field - field.mean()) / field.std()
+
+    y, x = np.mgrid[:height, :width]
+    light = 128 + 45 * noise(1.35)
+    for _ in range(12):
+        at_y, at_x = random.uniform(0, height), random.uniform(0, width)
+        ry, rx = random.uniform(15, 90, size=2)
+        inside = ((y - at_y) / ry) ** 2 + ((x - at_x) / rx) ** 2 < 1
+        light = np.where(inside, 0.6 * light + random.uniform(0, 110) + 6 * noise(0.9), light)
+    blue, red = 25 * noise(1.7), 25 * noise(1.7)
+    rgb = np.stack([light + 1.4 * red, light - 0.34 * blue - 0.71 * red, light + 1.77 * blue], -1)
+    return np.clip(rgb, 0, 255).astype(np.uint8)
+
+
+def screenshot(random: np.random.Generator) -> Image.Image:
+    """Boxes, buttons and lines of text, 1200x690."""
+    image = Image.new("RGB", (1200, 690), "white")
+    draw = ImageDraw.Draw(image)
+    for row in range(4):
+        for column in range(4):
+            x, y = 20 + 295 * column, 20 + 165 * row
+            draw.rectangle((x, y, x + 280, y + 150), fill=(238, 238, 238), outline=(200, 200, 200))
+            draw.rectangle(
+                (x + 10, y + 110, x + 110, y + 140), fill=tuple(random.integers(60, 220, 3))
+            )
+            for line in range(5):
+                words = "".join(map(chr, random.integers(97, 123, 40)))
+                draw.text((x + 10, y + 10 + 18 * line), words, fill="black")
+    return image
+
+
+def _show(result: dict[str, Any]) -> None:
+    for kind in ("jpeg", "png"):
+        for row in result.get(kind, {}).get("rows", []):
+            spread = f"({row['lowest']:.0f} to {row['highest']:.0f})"
+            print(
+                f"{kind:5} {row['workers']} workers  {row['loader']:20} "
+                f"{row['images_per_s']:8.0f} images/s {spread}"
+            )
+        for name, value in result.get(kind, {}).items():
+            if name != "rows":
+                print(f"{kind:5} {name:30} {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
