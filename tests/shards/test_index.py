@@ -24,7 +24,7 @@ from PIL import Image
 from servers import Server
 
 from pipeline import order, train
-from pipeline.batch import decode, read_tokens
+from pipeline.batch import read_tokens
 from pipeline.stream import SampleReader, Shard
 from shards import foreign, images, index, pack, show, storage, tokens, verify
 from shards.foreign import Adoption
@@ -428,7 +428,8 @@ def test_any_case_and_format_is_decoded_upright_in_the_channels_asked_for(tmp_pa
     shapes = {}
     for at in range(5):
         raw = reader.read(0, at)
-        pixels = decode(raw, 3)
+        (extension,) = raw.members
+        pixels = images.decode(bytes(raw.members[extension]), 3)
         shapes[raw.key] = pixels.shape
         means = {"d": (156, 156, 156), "e": (255, 255, 255)}
         expected = means.get(raw.key, (200, 0, 0))
