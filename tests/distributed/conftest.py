@@ -1,21 +1,20 @@
-"""Real processes over gloo, started one by one so that a test can kill exactly those it wants."""
+"""Real processes over gloo, started one by one so that a test can kill exactly those it wants.
+
+They are forked by a server that has imported torch: a process that starts anew, as launchers start
+it, is the subject of other tests.
+"""
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.fork_server import ForkServer
 
 from shards import pack, synth
-
-ROOT = Path(__file__).parents[2]
 
 
 class Job:
@@ -28,6 +27,7 @@ class Job:
         world_size: int,
         logs: Path,
         environment: Mapping[str, str],
+        server: ForkServer,
     ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -37,7 +37,6 @@ class Job:
         self.processes = []
         for rank, log in enumerate(self.logs):
             rank_environment = {
-                **os.environ,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
@@ -45,40 +44,31 @@ class Job:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "ACCELERATE_USE_CPU": "true",
-                "OMP_NUM_THREADS": "1",
                 **environment,
             }
-            with log.open("wb") as out:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-W", "error", "-m", module, *words],
-                        cwd=ROOT,
-                        env=rank_environment,
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+            self.processes.append(server.start(words, rank_environment, log, module))
 
     def wait(self, timeout_s: float = 240) -> list[int]:
         """Exit statuses by rank; a rank that does not end in time fails the test."""
         deadline = time.monotonic() + timeout_s
-        try:
-            return [p.wait(max(0.1, deadline - time.monotonic())) for p in self.processes]
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"a rank hangs\n{self.output()}")
+        for process in self.processes:
+            if not process.ends_within(max(0.1, deadline - time.monotonic())):
+                pytest.fail(f"a rank hangs\n{self.output()}")
+        return [process.wait() for process in self.processes]
 
     def succeed(self) -> None:
         assert self.wait() == [0] * len(self.processes), self.output()
 
     def kill(self, ranks: list[int] | None = None) -> None:
         """SIGKILL, to all ranks unless some are named."""
-        for rank in range(len(self.processes)) if ranks is None else ranks:
-            self.processes[rank].send_signal(signal.SIGKILL)
-        for rank in range(len(self.processes)) if ranks is None else ranks:
-            self.processes[rank].wait()
+        killed = self.processes if ranks is None else [self.processes[rank] for rank in ranks]
+        for process in killed:
+            process.kill()
+        for process in killed:
+            process.wait()
 
     def alive(self) -> bool:
-        return any(process.poll() is None for process in self.processes)
+        return any(not process.ends_within(0) for process in self.processes)
 
     def output(self) -> str:
         return "\n".join(f"--- {log.name}\n{log.read_text()}" for log in self.logs)
@@ -87,8 +77,14 @@ class Job:
 StartJob = Callable[..., Job]
 
 
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    with ForkServer() as server:
+        yield server
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[StartJob]:
+def start(tmp_path: Path, fork_server: ForkServer) -> Iterator[StartJob]:
     """Starts `module` on `world_size` ranks; what still runs at the end is killed.
 
     `environment` is added to theirs, as a launcher would.
@@ -103,13 +99,12 @@ def start(tmp_path: Path) -> Iterator[StartJob]:
     ) -> Job:
         logs = tmp_path / f"job-{len(jobs)}"
         texts = [str(word) for word in words]
-        jobs.append(Job(module, texts, world_size, logs, environment or {}))
+        jobs.append(Job(module, texts, world_size, logs, environment or {}, fork_server))
         return jobs[-1]
 
     yield start_job
     for job in jobs:
-        if job.alive():
-            job.kill()
+        job.kill()
 
 
 @pytest.fixture(scope="session")

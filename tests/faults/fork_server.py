@@ -1,14 +1,15 @@
 """Starts ranks of `pipeline.train` in milliseconds: a server that has imported everything forks.
 
-A new interpreter spends seconds on importing torch, a campaign of hundreds of kills would spend
-hours. The server only imports: it has one thread, no process group and no Accelerate state, so a
-child is what a new process is after its imports; and it is a process of its own, whose log, exit
-status and death by signal are its own. Hash seeds alone are shared, so some lives of a campaign
-are started as new processes.
+A new interpreter spends seconds on importing torch: a campaign of hundreds of kills would spend
+hours on it, and the tests of distributed runs most of their time. The server only imports: it has
+one thread, no process group and no Accelerate state, so a child is what a new process is after its
+imports; and it is a process of its own, whose log, exit status and death by signal are its own.
+Hash seeds alone are shared, so some lives of a campaign are started as new processes.
 """
 
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Rank:
-    """A process that runs `python -m pipeline.train`, started by the server or by itself."""
+    """A process that runs `python -m MODULE`, started by the server or by itself."""
 
     def __init__(self, pid: int, owner: "ForkServer | subprocess.Popen[bytes]") -> None:
         self.pid = pid
@@ -80,9 +81,15 @@ class ForkServer:
             raise RuntimeError("the fork server ended; its traceback is on stderr")
         return json.loads(answer)
 
-    def start(self, words: Sequence[str], environment: Mapping[str, str], log: Path) -> Rank:
-        pid = self.ask(start=list(words), environment=dict(environment), log=str(log))
-        return Rank(pid, self)
+    def start(
+        self,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        module: str = "pipeline.train",
+    ) -> Rank:
+        full = _environment(environment)
+        return Rank(self.ask(start=[module, *words], environment=full, log=str(log)), self)
 
 
 def start_fresh(words: Sequence[str], environment: Mapping[str, str], log: Path) -> Rank:
@@ -106,7 +113,8 @@ def _environment(added: Mapping[str, str]) -> dict[str, str]:
 
 
 def serve() -> list[str] | None:
-    """Answers requests until the client is gone; returns, in each child, its arguments."""
+    """Answers requests until the client is gone; returns, in each child, its module and its
+    arguments."""
     answers = os.dup(1)
     os.dup2(2, 1)
     children: set[int] = set()
@@ -143,8 +151,9 @@ def _become(request: Mapping[str, Any]) -> list[str]:
     os.dup2(log, 2)
     os.close(nothing)
     os.close(log)
+    os.environ.clear()
     os.environ.update(request["environment"])
-    sys.argv = ["pipeline.train", *words]
+    sys.argv = words
     return words
 
 
@@ -153,12 +162,17 @@ def main() -> int:
     import torch.distributed.algorithms.ddp_comm_hooks.default_hooks  # on first use, by DDP
     from accelerate.state import PartialState
 
-    from pipeline import train
+    import pipeline.train
+    import pipeline.validate  # noqa: F401
 
     assert not PartialState._shared_state
     assert not torch.distributed.is_initialized()
     words = serve()
-    return 0 if words is None else train.main(words)
+    if words is None:
+        return 0
+    sys.modules.pop(words[0], None)  # `runpy` warns of what has been imported
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    return 0
 
 
 if __name__ == "__main__":
