@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.models import AutoencoderConfig, ModelConfig, Seq2SeqConfig
+from shards.images import MAX_PIXELS
 from shards.storage import UserError
 
 
@@ -246,7 +247,10 @@ def parse_size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
     if found is None:
         raise ValueError(f"data.size = {text!r}: write WxH in pixels, as 224x224")
-    return int(found[1]), int(found[2])
+    width, height = int(found[1]), int(found[2])
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"data.size = {text}: more than {MAX_PIXELS} pixels")
+    return width, height
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:

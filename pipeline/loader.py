@@ -22,6 +22,7 @@ from torch import distributed
 from pipeline.batch import Batch
 from pipeline.datasets import Datasets
 from pipeline.fit import Fit, FitKind
+from pipeline.order import Order
 from pipeline.stream import BatchDataset, SampleReader, TrainPlans, make_loader
 from shards.storage import UserError
 from shards.tokens import TokenizerFile
@@ -102,7 +103,7 @@ class Loader:
         self._weights = tuple(weights)
         self._batch_size = batch_size
         self._fixed_size = global_size
-        self._set_order(global_size or batch_size * self.world_size)
+        self.order, self._micros = self._order_of(global_size or batch_size * self.world_size)
         reader = SampleReader(
             self._data.shards(split),
             open_shards=self._data.open_shards(split, lanes=lanes, window=window),
@@ -152,7 +153,7 @@ class Loader:
         In the midst of a step (when `global_size` leaves a process several batches) it is the
         step's beginning, since the gradients gathered so far are not kept either.
         """
-        return {"version": STATE_VERSION, "step": self._step, **self._identity()}
+        return {"version": STATE_VERSION, "step": self._step, **self._identity(self.order)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to the position of a state, also one of another number of processes or workers.
@@ -174,40 +175,40 @@ class Loader:
             wanted = global_size
         else:
             wanted = self.order.global_size
-        before = self.order.global_size
-        self._set_order(wanted)
-        for name, value in self._identity().items():
+        order, micros = self._order_of(wanted)
+        for name, value in self._identity(order).items():
             if state.get(name) != value:
-                self._set_order(before)
                 raise UserError(
                     f"{self._data.label}: the state is of {name} = {state.get(name)!r}, the "
                     f"loader has {value!r}: its steps hold other samples"
                 )
+        self.order, self._micros = order, micros
         self._step = int(state["step"])
         self._runs += 1
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, order: Order) -> dict[str, Any]:
         """What says which samples a step holds."""
         return {
             "data_digest": self._data.data_digest,
             "weights": list(self._weights),
             "split": self.split,
-            "seed": self.order.seed,
-            "global_size": self.order.global_size,
-            "lanes": self.order.lanes,
-            "window": self.order.window,
+            "seed": order.seed,
+            "global_size": order.global_size,
+            "lanes": order.lanes,
+            "window": order.window,
         }
 
-    def _set_order(self, global_size: int) -> None:
+    def _order_of(self, global_size: int) -> tuple[Order, range]:
+        """The order, and this process's microbatches of every step of it."""
         try:
-            self.order = self._data.order(
+            order = self._data.order(
                 self.split,
                 self._weights,
                 global_size=global_size,
                 micro_size=self._batch_size,
                 **self._layout,
             )
-            self._micros = self.order.micros_of(self.rank, self.world_size)
+            return order, order.micros_of(self.rank, self.world_size)
         except (UserError, ValueError) as error:
             raise UserError(_in_our_words(str(error))) from error
 

@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from launch import cli
-from shards import synth
+from shards import pack, synth
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -59,3 +62,22 @@ def test_the_commands_on_your_data(tmp_path: Path) -> None:
     for name in ("sheet.png", "runs/mine/validate-test.json", "runs/mine/report.png"):
         assert (tmp_path / name).is_file(), name
     assert len(list((tmp_path / "codes").glob("*.gui"))) == 120
+
+
+def test_the_loop_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python block, on a few screens, with a step that trains nothing."""
+    section = README.split("## In your own training loop")[1]
+    block = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert block is not None
+    assert synth.main([str(tmp_path / "raw"), "--samples", "40", "--seed", "9"]) == 0
+    words = ["--size", "48x32", "--split", "train=1", "--workers", "0"]
+    assert pack.main([str(tmp_path / "raw"), str(tmp_path / "shards" / "mine"), *words]) == 0
+    shapes = []
+
+    def train_step(image_BCHW: torch.Tensor, token_BT: torch.Tensor) -> None:
+        shapes.append((image_BCHW.dtype, *image_BCHW.shape, len(token_BT)))
+
+    monkeypatch.chdir(tmp_path)
+    exec(block.group(1), {"train_step": train_step, "torch": torch})
+    assert shapes == [(torch.float32, 8, 3, 224, 224, 8)] * 100
+    assert torch.load("state.pt", weights_only=True)["loader"]["step"] == 100

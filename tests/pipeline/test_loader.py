@@ -1,0 +1,257 @@
+"""`Loader` in a loop that is not ours: the trainer's order, and exact positions in it."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.batch import Batch
+from pipeline.loader import Loader
+from pipeline.order import Order
+from pipeline.stream import SampleReader, Shard
+from shards.storage import UserError, load_manifest
+
+
+def loader_of(root: Path, **options: Any) -> Loader:
+    return Loader(str(root), **{"batch_size": 4, "window": 9, "seed": 5, **options})
+
+
+def keys_of_order(root: Path, steps: range, global_size: int = 4) -> list[tuple[str, ...]]:
+    """What `pixloom order` says, by the pure arithmetic."""
+    entries = load_manifest(str(root)).splits["train"]
+    order = Order(
+        [entry.samples for entry in entries],
+        seed=5, global_size=global_size, micro_size=global_size, window=9,
+    )  # fmt: skip
+    reader = SampleReader(Shard(str(root), entry) for entry in entries)
+    found = []
+    for step in steps:
+        ids = order.samples_of(step)
+        found.append(tuple(map(reader.key, ids.shard_G.tolist(), ids.index_G.tolist())))
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_trainer_s_over_epochs(screens: Path, workers: int) -> None:
+    loader = loader_of(screens, epochs=2, workers=workers)
+    assert len(loader) == loader.steps_per_epoch == 17
+    batches = list(loader)
+    assert [batch.keys for batch in batches] == keys_of_order(screens, range(34))
+    assert (loader.step, loader.epoch) == (34, 2)
+    assert list(loader) == []
+    assert batches[0].token_BT.dtype == torch.int64
+    for batch in batches:
+        assert batch.image_BCHW.shape == (4, 3, 32, 48)
+        assert batch.image_BCHW.is_contiguous(memory_format=torch.channels_last)
+        assert batch.weight_B.tolist() == [1, 1, 1, 1]
+
+
+def test_a_worker_s_batches_are_this_process_s(screens: Path) -> None:
+    here, there = (
+        itertools.islice(loader_of(screens, size=(30, 20), workers=workers), 5)
+        for workers in (0, 1)
+    )
+    for one, other in zip(here, there, strict=True):
+        assert one.image_BCHW.stride() == other.image_BCHW.stride()
+        assert other.image_BCHW.is_shared()  # what it was decoded into
+        for name in ("image_BCHW", "token_BT", "weight_B", "augment_key_B"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+        assert one.order_hash == other.order_hash
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_state_taken_in_the_loop_goes_on_with_the_next_batch(screens: Path, workers: int) -> None:
+    expected = keys_of_order(screens, range(40))
+    for stop in (1, 16, 17, 25):
+        first = loader_of(screens, workers=workers)
+        seen = []
+        for batch in first:
+            seen.append(batch.keys)
+            if len(seen) == stop:
+                state = json.loads(json.dumps(first.state_dict()))
+                break
+        second = loader_of(screens, workers=2 - workers)
+        second.load_state_dict(state)
+        seen += [batch.keys for batch in itertools.islice(second, 5)]
+        assert seen == expected[: stop + 5]
+
+
+def test_an_epoch_at_a_time_and_the_rest_of_one(screens: Path) -> None:
+    expected = keys_of_order(screens, range(51))
+    loader = loader_of(screens)
+    loader.load_state_dict({**loader.state_dict(), "step": 12})
+    epochs = [[batch.keys for batch in loader.one_epoch()] for _ in range(2)]
+    assert epochs == [expected[12:17], expected[17:34]]
+
+
+def test_any_number_of_processes_makes_the_same_global_batches(screens: Path) -> None:
+    expected = keys_of_order(screens, range(9), global_size=12)
+    state = None
+    for number, world_size in enumerate((1, 2, 3)):
+        steps: dict[int, dict[int, tuple[str, ...]]] = {}
+        states = []
+        for rank in range(world_size):
+            loader = loader_of(
+                screens, batch_size=2, global_size=12, rank=rank, world_size=world_size
+            )
+            if state is not None:
+                loader.load_state_dict(state)
+            for batch in loader:
+                steps.setdefault(batch.step, {})[batch.micro] = batch.keys
+                if loader.step == 3 * number + 3:
+                    break
+            states.append(loader.state_dict())
+        assert all(one == states[0] for one in states)
+        state = states[0]
+        for step in range(3 * number, 3 * number + 3):
+            parts = [steps[step][micro] for micro in range(6)]
+            assert tuple(itertools.chain(*parts)) == expected[step]
+
+
+def test_the_global_size_is_kept_when_processes_change(screens: Path) -> None:
+    state = loader_of(screens, rank=1, world_size=3).state_dict()
+    assert state["global_size"] == 12
+    alone = loader_of(screens)
+    alone.load_state_dict(state)
+    assert len(alone) == 3 * alone.steps_per_epoch
+    keys = [batch.keys for batch in itertools.islice(alone, 3)]
+    assert tuple(itertools.chain(*keys)) == keys_of_order(screens, range(1), global_size=12)[0]
+
+
+def test_in_the_midst_of_a_step_the_state_is_its_beginning(screens: Path) -> None:
+    loader = loader_of(screens, global_size=12)
+    steps = [(batch.step, loader.state_dict()["step"]) for batch in itertools.islice(loader, 5)]
+    assert steps == [(0, 0), (0, 0), (0, 1), (1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 6}, r"the state is of seed = 5, the loader has 6"),
+        ({"window": 8}, r"window = 9, the loader has 8"),
+        ({"global_size": 8}, r"global_size = 4, the loader has 8"),
+        ({"batch_size": 3, "global_size": None}, r"batch_size = 3 does not divide the state's"),
+        ({"lanes": 1}, r"lanes = 4, the loader has 1"),
+        ({"split": "test"}, r"split = 'train', the loader has 'test'"),
+        ({"rank": 0, "world_size": 2}, r"2 processes, but global_size / batch_size = 1"),
+    ],
+)
+def test_a_state_of_another_order_is_refused(
+    screens: Path, options: dict[str, Any], message: str
+) -> None:
+    state = {**loader_of(screens).state_dict(), "step": 2}
+    other = loader_of(screens, **options)
+    before = other.state_dict()
+    with pytest.raises(UserError, match=message):
+        other.load_state_dict(state)
+    assert other.state_dict() == before
+    next(iter(other))
+
+
+def test_a_state_of_another_dataset_is_refused(screens: Path, pictures: Path) -> None:
+    with pytest.raises(UserError, match=r"shards: the state is of data_digest = '\w+'"):
+        loader_of(pictures).load_state_dict(loader_of(screens).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "tset"}, "no split 'tset'; it has test, train, val"),
+        ({"batch_size": 99}, r"70 samples|6\d samples"),
+        ({"global_size": 6}, "batch_size = 4 does not divide global_size = 6"),
+        ({"lanes": 3}, "lanes = 3 does not divide global_size = 4"),
+        ({"rank": 2, "world_size": 2}, "rank = 2: with world_size = 2"),
+    ],
+)
+def test_mistakes_are_said_in_one_line(
+    screens: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        loader_of(screens, **options)
+    assert "\n" not in str(caught.value)
+    assert "data." not in str(caught.value)
+
+
+def test_an_iteration_ends_with_an_error_where_the_loader_went_elsewhere(screens: Path) -> None:
+    loader = loader_of(screens)
+    batches = iter(loader)
+    next(batches)
+    loader.load_state_dict({**loader.state_dict(), "step": 9})
+    with pytest.raises(RuntimeError, match="went elsewhere"):
+        next(batches)
+    assert loader.step == 9
+
+
+def test_a_damaged_sample_is_warned_of_once(screens: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "damaged"
+    subprocess.run(["cp", "-r", str(screens), str(copy)], check=True)
+    entry = load_manifest(str(copy)).splits["train"][0]
+    size = (copy / entry.name).stat().st_size
+    os.truncate(copy / entry.name, size - 1024 - 700)  # the last sample's end
+    loader = loader_of(copy, epochs=2, batch_size=1)
+    with pytest.warns(UserWarning, match="its weight is 0") as caught:
+        batches = list(loader)
+    assert len(caught) == 1
+    bad = [batch for batch in batches if batch.bad]
+    assert len(bad) == 2
+    assert [batch.weight_B.tolist() for batch in bad] == [[0], [0]]
+    assert [b.keys for b in batches] == keys_of_order(screens, range(len(batches)), global_size=1)
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def test_images_are_floats_normalised_channels_last(screens: Path) -> None:
+    batch: Batch = next(iter(loader_of(screens)))
+    plain, normal = batch.images(), batch.images("cpu", mean=MEAN, std=STD)
+    assert torch.equal(plain, batch.image_BCHW.float() / 255)
+    exact = batch.image_BCHW.double() / 255 - torch.tensor(MEAN).double()[:, None, None]
+    exact /= torch.tensor(STD).double()[:, None, None]
+    assert normal.dtype == torch.float32
+    assert (normal - exact).abs().max() < 2e-6
+    for one in (plain, normal):
+        assert one.is_contiguous(memory_format=torch.channels_last)
+
+
+RANK = """
+import sys
+from torch import distributed
+from pipeline.loader import Loader
+distributed.init_process_group("gloo")
+loader = Loader(sys.argv[1], batch_size=4, window=9, seed=5)
+batch = next(iter(loader))
+open(f"{sys.argv[2]}/{loader.rank}", "w").write(" ".join(batch.keys))
+distributed.destroy_process_group()
+"""
+
+
+def test_the_ranks_of_torch_distributed_share_a_global_batch(screens: Path, tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run(
+        [sys.executable, *words, str(screens), str(tmp_path)],
+        check=True,
+        env=environment,
+        capture_output=True,
+    )
+    keys = [(tmp_path / str(rank)).read_text().split() for rank in range(2)]
+    assert tuple(keys[0] + keys[1]) == keys_of_order(screens, range(1), global_size=8)[0]
+
+
+def test_without_a_group_the_environment_says_the_rank(
+    screens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[str] = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        keys += next(iter(loader_of(screens))).keys
+    assert tuple(keys) == keys_of_order(screens, range(1), global_size=8)[0]
