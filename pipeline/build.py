@@ -104,7 +104,12 @@ def check_reads(order: Order, dataset: BatchDataset) -> None:
         lanes = f"{places[0] // per_lane} to {places[-1] // per_lane}"
         print(
             f"pixloom: node {number} reads lanes {lanes} of {order.lanes}: {found.num_shards} "
-            f"shards, {found.bytes / 1e6:.1f} MB an epoch"
+            f"shards, {found.bytes / 1e6:.1f} MB "
+            + (
+                "an epoch"
+                if found.num_steps == order.steps_per_epoch
+                else f"in the first {found.num_steps} steps"
+            )
             + (
                 f"; cache {cache.folder}, {cache.bound_bytes / 1e6:.1f} MB at most" if cache else ""
             ),

@@ -50,6 +50,8 @@ IDLE_S = 60.0
 TOUCH_S = 10.0
 """How old the mark of a file's last use may be."""
 POLL_S = 0.02
+MAX_COUNTED_USES = 4096
+"""Before a run begins: an epoch of a billion samples has 100,000 and more."""
 MANY_FILES = 1000
 """Listing more takes so long that a fiftieth of the bound is made free at once."""
 
@@ -792,8 +794,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a node reads of an epoch."""
+    """What a node reads in steps [0, num_steps)."""
 
+    num_steps: int
     num_shards: int
     bytes: int
     num_working: int
@@ -802,12 +805,16 @@ class Reads:
 
 
 def reads_of(shards: Sequence[Shard], uses: Iterable[ShardUse], stop: int) -> Reads:
-    """Sums up uses that begin before step `stop`."""
+    """Sums up uses that begin before step `stop`; or fewer of them, as far as tells enough."""
     seen: set[int] = set()
+    num_steps = stop
     active: deque[ShardUse] = deque()
     most = (0, 0)
-    for use in uses:
+    for place, use in enumerate(uses):
         if use.first_step >= stop:
+            break
+        if place >= MAX_COUNTED_USES:
+            num_steps = use.first_step
             break
         seen.update(use.shards)
         active.append(use)
@@ -821,7 +828,7 @@ def reads_of(shards: Sequence[Shard], uses: Iterable[ShardUse], stop: int) -> Re
             if shards[number].is_remote
         }
         most = max(most, (sum(working.values()), len(working)))
-    return Reads(len(seen), sum(shards[n].entry.bytes for n in seen), most[1], most[0])
+    return Reads(num_steps, len(seen), sum(shards[n].entry.bytes for n in seen), most[1], most[0])
 
 
 _held_descriptors: set[int] = set()

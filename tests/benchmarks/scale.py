@@ -35,8 +35,9 @@ from numpy.typing import NDArray
 from pipeline import rng
 from pipeline.build import open_split, order_of
 from pipeline.config import Config, config_of
+from pipeline.datasets import Datasets
 from pipeline.stream import TrainPlans, make_loader
-from shards import pack, storage, synth
+from shards import pack, synth
 from shards.format import MANIFEST_NAME, ImagePolicy, Manifest, ShardEntry
 
 PLACES = (0.0, 0.9)
@@ -147,9 +148,9 @@ def first_ids(url: str, place: float) -> dict[str, float]:
     """From the manifest to the ids of a batch; then those of further batches."""
     config = config_for(url, {"global_size": 256, "micro_size": 32}, {})
     counted = Counted(url)
-    manifest = storage.load_manifest(url)
+    data = Datasets.of(config.data)
     loaded_s = counted.passed_s()
-    order = order_of(config, manifest)
+    order = order_of(config, data)
     step = int(place * order.steps_per_epoch)
     order.samples_of(step)
     figures = {"load_s": loaded_s, **counted.figures()}
@@ -163,15 +164,15 @@ def first_ids(url: str, place: float) -> dict[str, float]:
 def first_batch(url: str, place: float) -> dict[str, float]:
     """From the manifest to a decoded batch."""
     counted = Counted(url)
-    manifest = storage.load_manifest(url)
+    data = Datasets.open([url])
     sizes = {"global_size": 16, "micro_size": 16}
-    three_shards = 3 * manifest.splits["train"][0].samples
+    three_shards = 3 * data.manifests[0].splits["train"][0].samples
     config = config_for(url, sizes, {"lanes": 2, "window": three_shards})
-    order = order_of(config, manifest)
-    data = open_split(config, manifest, "train")
+    order = order_of(config, data)
+    train = open_split(config, data, "train")
     step = int(place * order.steps_per_epoch)
     plans = TrainPlans(order, order.micros_of(0, 1), step, order.steps_per_epoch)
-    batch = next(make_loader(data, plans, workers=0, pin=False))
+    batch = next(make_loader(train, plans, workers=0, pin=False))
     if batch.step != step:
         raise RuntimeError(f"asked for step {step}, got {batch.step}")
     return counted.figures()

@@ -14,12 +14,13 @@ from PIL import Image, ImageOps
 
 from pipeline import build, export, predict, train
 from pipeline.config import MAY_CHANGE, config_of, config_of_run
+from pipeline.datasets import Datasets
 from pipeline.fit import Fit, decode_fitted
 from pipeline.loader import Loader
 from pipeline.order import validation_batches
 from pipeline.stream import BatchPlan
 from shards import pack
-from shards.storage import UserError, load_manifest
+from shards.storage import UserError
 
 GREEN = (10, 200, 30)
 
@@ -121,9 +122,9 @@ def differing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_images_of_differing_size_need_data_size(differing: Path) -> None:
     sections = {"run": {"dir": "-", "steps": 1}, "data": {"url": str(differing)}}
-    manifest = load_manifest(str(differing))
+    data = Datasets.open([str(differing)])
     with pytest.raises(UserError, match=r"images differ in size; set data\.size = WxH"):
-        build.open_split(config_of(sections, "test"), manifest, "train")
+        build.open_split(config_of(sections, "test"), data, "train")
     with pytest.raises(UserError, match=r"images differ in size; give size = \(width, height\)"):
         Loader(str(differing), batch_size=4)
 
@@ -167,11 +168,10 @@ def run(differing: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_prediction_and_export_fit_images_as_training_did(
     run: Path, differing: Path, tmp_path: Path
 ) -> None:
-    config, manifest = config_of_run(run), load_manifest(str(differing))
-    dataset = build.open_split(config, manifest, "test")
+    dataset = build.open_split(config_of_run(run), Datasets.open([str(differing)]), "test")
     assert dataset.image_CHW == (3, 32, 48)
     ids = next(validation_batches(dataset.reader.shard_samples, 99))
-    batch = dataset[BatchPlan(step=0, micro=0, epoch=0, first_place=0, ids=ids)]
+    batch = dataset[BatchPlan(step=0, micro=0, first_place=0, ids=ids)]
     assert not batch.bad
     exported = export.write_export(run, "last", tmp_path / "export")
     for trained in (

@@ -162,7 +162,7 @@ def test_a_state_of_another_dataset_is_refused(screens: Path, pictures: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "tset"}, "no split 'tset'; it has test, train, val"),
+        ({"split": "tset"}, "no split 'tset', but test, train, val"),
         ({"batch_size": 99}, r"70 samples|6\d samples"),
         ({"global_size": 6}, "batch_size = 4 does not divide global_size = 6"),
         ({"lanes": 3}, "lanes = 3 does not divide global_size = 4"),
