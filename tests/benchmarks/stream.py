@@ -99,7 +99,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         children[name] = child
     result: dict[str, Any] = {}
     for kind in kinds:
-        count = arguments.images if kind == "jpeg" else arguments.images // 2
+        count = arguments.images if kind == "jpeg" else max(BATCH, arguments.images // 2)
         data = folder / f"{kind}-{count}"
         _make(kind, count, data, arguments.screens)
         request: dict[str, Any] = {"folder": str(data), "shards": str(data / "shards")}
@@ -306,6 +306,7 @@ def _make(kind: str, count: int, folder: Path, screens: Path) -> None:
         else:
             screenshot(random).save(path)
     words = ["--kind", "images", "--split", "train=1", "--shard-samples", str(-(-count // 8))]
+    words += ["--workers", "0"]
     subprocess.run(
         [sys.executable, "-m", "shards.pack", raw, folder / "shards", *words],
         check=True,

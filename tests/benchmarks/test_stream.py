@@ -12,7 +12,7 @@ def test_the_smallest_form_runs(tmp_path: Path) -> None:
     words = [
         "--json",
         "--images",
-        "64",
+        "32",
         "--rounds",
         "1",
         "--workers",
