@@ -7,7 +7,6 @@ raises `FORMAT_VERSION`.
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import hashlib
 import json
@@ -93,7 +92,7 @@ class Manifest:
     selection: str = ""
     """Of adopted shards: SHA-256 over what is used of them. Only there is it in the file."""
 
-    @functools.cached_property
+    @property
     def data_digest(self) -> str:
         """SHA-256 over what training can see: the shards of every split and the tokenizer."""
         return _sha256(_data_lines(self.splits, self.tokenizer, self.selection))
