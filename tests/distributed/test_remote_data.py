@@ -326,7 +326,8 @@ def test_damaged_shards_keep_their_place(
     job = start("pipeline.train", *words, world_size=2)
     job.succeed()
     assert digest_of(tmp_path / "run") == digest()
-    assert 2 * 6 < rows(tmp_path / "run")[-2]["bad_samples"] <= 2 * 12
+    # All six of the missing shard and some of the cut one's, each once in two epochs.
+    assert 6 < rows(tmp_path / "run")[-2]["bad_samples"] < 12
     output = job.output()
     assert output.count(f"warning: {url}/{entries[3].name}: damaged (") == 1
     assert f"{url}/{entries[5].name}: damaged (there is no such object; 2 attempts)" in output
@@ -353,8 +354,11 @@ def test_a_store_lost_under_way_ends_the_run_in_one_line(
             assert job.alive(), job.output()
             time.sleep(0.005)
     assert 2 in job.wait()
-    assert "Traceback" not in job.output()
-    assert f"error: {url}/train/" in job.output()
+    said = [log.read_text() for log in job.logs]
+    met = [text for text in said if f"error: {url}/train/" in text]
+    # The other rank may be waiting for this one, and then loses it.
+    assert met
+    assert "Traceback" not in "".join(met)
 
 
 def test_order_reads_no_shard(
