@@ -93,5 +93,5 @@ def model_and_batch(folder: Path) -> tuple[Seq2Seq, Any]:
     model = load_model(config, data, checkpoint.choose(folder / "run", "best")).eval()
     assert isinstance(model, Seq2Seq)
     dataset = open_split(config, data, "test")
-    ids = next(validation_batches([s.samples for s in dataset.reader.shards], 64))
+    ids = next(validation_batches(dataset.reader.shard_samples, 64))
     return model, dataset[BatchPlan(step=0, micro=0, first_place=0, ids=ids)]
