@@ -227,6 +227,7 @@ distributed.init_process_group("gloo")
 loader = Loader(sys.argv[1], batch_size=4, window=9, seed=5)
 batch = next(iter(loader))
 open(f"{sys.argv[2]}/{loader.rank}", "w").write(" ".join(batch.keys))
+distributed.barrier()  # the other rank may still be joining
 distributed.destroy_process_group()
 """
 
@@ -236,12 +237,13 @@ def test_the_ranks_of_torch_distributed_share_a_global_batch(screens: Path, tmp_
     script.write_text(RANK)
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, *words, str(screens), str(tmp_path)],
-        check=True,
         env=environment,
         capture_output=True,
+        text=True,
     )
+    assert done.returncode == 0, done.stderr
     keys = [(tmp_path / str(rank)).read_text().split() for rank in range(2)]
     assert tuple(keys[0] + keys[1]) == keys_of_order(screens, range(1), global_size=8)[0]
 

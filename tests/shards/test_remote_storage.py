@@ -79,9 +79,11 @@ def begin_uploads(server: Server, keys: list[str]) -> None:
 
 
 PROGRAM = f"""
+import signal
 import sys
 from pathlib import Path
 from shards import remote, storage
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 remote.PART_BYTES = {PART_BYTES}
 def action():
     storage.publish(Path(sys.argv[1]), sys.argv[2])
