@@ -42,7 +42,7 @@ from shards import storage
 from shards.format import FormatError
 from shards.storage import StorageError, UserError
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 COMMIT_NAME = "COMMIT.json"
 STATE_NAME = "state.json"
 _FOLDER = r"step-\d{8,}"
