@@ -5,6 +5,7 @@ here, in one line, before a process group exists.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import warnings
@@ -81,6 +82,7 @@ def check_reads(order: Order, dataset: BatchDataset) -> None:
     """
     reader, node = dataset.reader, Node.of_environment()
 
+    @functools.cache  # this node's are asked for twice
     def reads(one: Node) -> Reads:
         uses = order.uses(0, node_places(order, one))
         return reads_of(reader.shards, uses, order.steps_per_epoch)
