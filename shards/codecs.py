@@ -4,7 +4,8 @@ Where the bytes are anything else (palettes, 16 bits, CMYK, transparency, a stat
 metadata of odd kinds, damage of any sort) the answer is None, and `shards.images` asks Pillow, as
 it does for all other formats. So nothing is refused here, and every pixel is the one that Pillow
 gives: bit for bit, with a JPEG at full scale too where Pillow is built on libjpeg-turbo. Neither
-decoder holds the interpreter's lock or has threads of its own.
+decoder has threads of its own. Damage is found by the checksum of each chunk; a PNG made with right
+ones around pixels whose own checksum is wrong is read here, where Pillow refuses it.
 """
 
 import re
@@ -12,14 +13,14 @@ import struct
 import zlib
 
 import numpy as np
-import pyspng
 import simplejpeg
+from kornia_rs.io import decode_image_png_u8
 from numpy.typing import NDArray
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOURS = {1: 0, 3: 2, 4: 6}
 """channels -> colour type"""
-_PNG_FORMATS = {1: "L", 3: "RGB", 4: "RGBA"}
+_PNG_MODES = {1: "mono", 3: "rgb", 4: "rgba"}
 # Chunks that change no pixel and that Pillow takes whatever they hold.
 _PNG_PLAIN_CHUNKS = frozenset((b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"tIME", b"sBIT", b"bKGD"))
 _PNG_MAX_METADATA_BYTES = 2**14
@@ -63,15 +64,15 @@ def decode_plain(
 def _decode_png(
     data: bytes, channels: int, size: tuple[int, int], out: NDArray[np.uint8] | None
 ) -> NDArray[np.uint8] | None:
+    width, height = size
     try:
-        pixels = pyspng.load(data, format=_PNG_FORMATS[channels])
-    except (RuntimeError, ValueError):
+        pixels: NDArray[np.uint8] = decode_image_png_u8(data, (height, width), _PNG_MODES[channels])
+    except Exception:  # it raises no other kind
         return None
-    shaped: NDArray[np.uint8] = pixels.reshape(size[1], size[0], channels)
-    if out is not None and out.shape == shaped.shape:
-        out[...] = shaped
+    if out is not None and out.shape == pixels.shape:
+        out[...] = pixels
         return out
-    return shaped
+    return pixels
 
 
 def _decode_jpeg(
@@ -108,7 +109,7 @@ def _decode_jpeg(
 def _plain_png_size(data: bytes, channels: int) -> tuple[int, int] | None:
     """(width, height) if every chunk is whole and of a kind that changes no pixel.
 
-    The checksums are verified here, for the decoder does not.
+    The checksums are verified here: of chunks that it skips, the decoder does not.
     """
     if len(data) < 57 or data[8:16] != b"\0\0\0\rIHDR":
         return None
