@@ -105,7 +105,7 @@ class Batch:
         # a few numbers do: the images go that way alone.
         small = (self.token_BT.numpy(), self.weight_B.numpy(), self.augment_key_B.numpy())
         rest = (self.keys, self.step, self.micro, self.first_place, self.bad)
-        return _unpickled, (self.image_BCHW, small, rest)
+        return _unpickled, (self.image_BCHW.permute(0, 2, 3, 1), small, rest)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return dataclasses.replace(
@@ -129,13 +129,21 @@ def assemble(
     step: int,
     micro: int,
     first_place: int,
+    memory: Tensor | None = None,
 ) -> Batch:
     """Decodes samples into one batch. A `SampleError` in `samples` stands for an unreadable one.
 
-    Without a `fit`, which has the height and width of `image_CHW`, images must be of that size.
+    Args:
+        fit: of the height and width of `image_CHW`; without one, images must be of that size.
+        memory: uint8, at least as many as the images have. They are decoded into it.
     """
     channels, height, width = image_CHW
-    image_BHWC = _image_memory((len(samples), height, width, channels))
+    shape_BHWC = len(samples), height, width, channels
+    if memory is None:
+        # Shared, what a worker decodes reaches its parent without a copy.
+        in_worker, size = get_worker_info() is not None, math.prod(shape_BHWC)
+        memory = new_shared(size) if in_worker else torch.empty(size, dtype=torch.uint8)
+    image_BHWC = memory[: math.prod(shape_BHWC)].view(shape_BHWC)
     pixels_BHWC = image_BHWC.numpy()
     token_ids: list[Tensor] = []
     weights: list[float] = []
@@ -203,17 +211,13 @@ def read_tokens(sample: RawSample, tokenizer: tokens.TokenizerFile | None = None
     return torch.from_numpy(ids.astype(np.int64))
 
 
-def _image_memory(shape: tuple[int, ...]) -> Tensor:
-    """uint8, not initialised. In a loader's worker it is shared memory, so that what is decoded
-    into it reaches the parent without a copy."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    # What the loader's own collate function calls; the public way copies.
-    new_shared: Callable[..., torch.UntypedStorage] = torch.UntypedStorage._new_shared
-    memory = torch.empty(0, dtype=torch.uint8)
-    return memory.set_(new_shared(math.prod(shape))).view(shape)
+def new_shared(size: int) -> Tensor:
+    """uint8 (size) in shared memory, not initialised."""
+    # What the loader's own collate function calls; the public way writes to every page.
+    new: Callable[..., torch.UntypedStorage] = torch.UntypedStorage._new_shared
+    return torch.empty(0, dtype=torch.uint8).set_(new(size))
 
 
-def _unpickled(image_BCHW: Tensor, small: tuple[NDArray[Any], ...], rest: tuple[Any, ...]) -> Batch:
+def _unpickled(image_BHWC: Tensor, small: tuple[NDArray[Any], ...], rest: tuple[Any, ...]) -> Batch:
     token_BT, weight_B, augment_key_B = map(torch.from_numpy, small)
-    return Batch(image_BCHW, token_BT, weight_B, augment_key_B, *rest)
+    return Batch(image_BHWC.permute(0, 3, 1, 2), token_BT, weight_B, augment_key_B, *rest)

@@ -22,6 +22,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pipeline import rng
@@ -30,6 +31,7 @@ from pipeline.cache import LookAhead, Node, NodeCache, Outlook, Schedule
 from pipeline.cache import Shard as Shard
 from pipeline.fit import Fit
 from pipeline.order import Order, SampleIds, ShardUse, validation_batches, validation_uses
+from pipeline.slots import InSlot, Slots
 from shards import storage
 from shards.errors import redact
 from shards.format import FormatError, Receipt, SampleSpan, parse_index
@@ -43,6 +45,8 @@ _shown = functools.cache(redact)
 
 # File descriptors of one reader; a process may usually have 1024.
 _MAX_FILES = 256
+# Batches that are asked of each worker ahead of need.
+_PREFETCH = 2
 
 
 class SampleReader:
@@ -204,6 +208,10 @@ class BatchPlan:
     ids: SampleIds
 
 
+Request = tuple[BatchPlan, int | None]
+"""A batch, and the slot for its images."""
+
+
 class BatchDataset(Dataset[Batch]):
     """Turns a `BatchPlan` into a `Batch`: a pure function, so any worker may do it."""
 
@@ -230,6 +238,10 @@ class BatchDataset(Dataset[Batch]):
         Raises:
             UserError, FormatError: an index or a receipt is missing or damaged.
         """
+        return self.read(plan)
+
+    def read(self, plan: BatchPlan, memory: Tensor | None = None) -> Batch:
+        """The same, with the images decoded into `memory`, as `assemble` does it."""
         if self.reader.schedule is not None:
             self.reader.schedule.step = plan.step
         samples: list[RawSample | SampleError] = []
@@ -254,6 +266,7 @@ class BatchDataset(Dataset[Batch]):
             step=plan.step,
             micro=plan.micro,
             first_place=plan.first_place,
+            memory=memory,
         )
 
 
@@ -313,24 +326,31 @@ class ValidationPlans(Sampler[BatchPlan]):
         return validation_uses(self.shard_samples, self.size, batch, ranks, self.world_size)
 
 
-class _Dispatched(Sampler[BatchPlan]):
-    """Plans as they are, telling `schedule` the step of the one that was taken last."""
+Plans = TrainPlans | ValidationPlans | list[BatchPlan]
 
-    def __init__(self, plans: TrainPlans | ValidationPlans, schedule: Schedule) -> None:
-        self.plans, self.schedule = plans, schedule
+
+class _Requests(Sampler[Request]):
+    """Plans in their order, each with a slot for its images where there are slots.
+
+    Tells `schedule` the step of the one that was taken last.
+    """
+
+    def __init__(self, plans: Plans, schedule: Schedule | None, slots: Slots | None) -> None:
+        self.plans, self.schedule, self.slots = plans, schedule, slots
 
     def __len__(self) -> int:
         return len(self.plans)
 
-    def __iter__(self) -> Iterator[BatchPlan]:
+    def __iter__(self) -> Iterator[Request]:
         for plan in self.plans:
-            self.schedule.step = plan.step
-            yield plan
+            if self.schedule is not None:
+                self.schedule.step = plan.step
+            yield plan, None if self.slots is None else self.slots.take()
 
 
 def make_loader(
     dataset: BatchDataset,
-    plans: TrainPlans | ValidationPlans | list[BatchPlan],
+    plans: Plans,
     *,
     workers: int,
     pin: bool,
@@ -347,13 +367,13 @@ def make_loader(
         schedule = _schedule_of(reader, plans, workers)
         reader.schedule = schedule  # before workers are started: they take it along
         reader.cache.follow(schedule)
-    loader: DataLoader[Batch | Exception] = DataLoader(
-        _Answers(dataset),
+    slots = _slots_for(dataset, plans, workers) if workers else None
+    loader: DataLoader[Any] = DataLoader(
+        _Answers(dataset, slots),
         batch_size=None,
-        sampler=plans
-        if schedule is None or isinstance(plans, list)
-        else _Dispatched(plans, schedule),
+        sampler=_Requests(plans, schedule, slots),
         num_workers=workers,
+        prefetch_factor=_PREFETCH if workers else None,
         pin_memory=pin,
         collate_fn=_as_is,
         worker_init_fn=_leave_signals_to_the_parent,
@@ -362,7 +382,7 @@ def make_loader(
         generator=torch.Generator(),
     )
     others = set(multiprocessing.active_children())
-    answers = iter(loader)
+    answers: Iterator[Batch | Exception] = iter(loader)
     kill = functools.partial(_kill_at_exit, set(multiprocessing.active_children()) - others)
     atexit.register(kill)
     ahead = None
@@ -390,7 +410,7 @@ def _schedule_of(
 ) -> Schedule:
     first = next(iter(plans), None)
     # A loader hands out so many plans at a time; the ranks of a node are a step apart at most.
-    num_plans = 1 + 2 * workers
+    num_plans = 1 + _PREFETCH * workers
     slack_steps = (
         1 + math.ceil(num_plans / max(1, len(plans.micros)))
         if isinstance(plans, TrainPlans)
@@ -400,16 +420,31 @@ def _schedule_of(
     return Schedule(reader.shards, plans.uses, step=step, slack_steps=slack_steps)
 
 
-class _Answers(Dataset[Batch | Exception]):
+def _slots_for(dataset: BatchDataset, plans: Plans, workers: int) -> Slots:
+    """For what workers are asked ahead, and for two steps: one that is computed, one collected."""
+    if isinstance(plans, list):
+        held, largest = 2, max((len(plan.ids) for plan in plans), default=0)
+    elif isinstance(plans, TrainPlans):
+        held, largest = 2 * len(plans.micros), plans.order.micro_size
+    else:
+        held, largest = 2, plans.size
+    return Slots(workers * _PREFETCH + held, largest * math.prod(dataset.image_CHW))
+
+
+class _Answers(Dataset[Batch | InSlot | Exception]):
     """Hands errors of the user's from a worker to its parent as values: the loader itself would
     wrap them into a traceback."""
 
-    def __init__(self, dataset: BatchDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: BatchDataset, slots: Slots | None) -> None:
+        self.dataset, self.slots = dataset, slots
 
-    def __getitem__(self, plan: BatchPlan) -> Batch | Exception:
+    def __getitem__(self, request: Request) -> Batch | InSlot | Exception:
+        plan, slot = request
         try:
-            return self.dataset[plan]
+            if self.slots is None or slot is None:
+                return self.dataset[plan]
+            batch = self.dataset.read(plan, self.slots.memory(slot))
+            return InSlot(batch, self.slots.key, slot)
         except (UserError, FormatError) as error:
             return error
 

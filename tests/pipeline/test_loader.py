@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from pipeline import slots, stream
 from pipeline.batch import Batch
 from pipeline.loader import Loader
 from pipeline.order import Order
@@ -59,10 +61,32 @@ def test_a_worker_s_batches_are_this_process_s(screens: Path) -> None:
     )
     for one, other in zip(here, there, strict=True):
         assert one.image_BCHW.stride() == other.image_BCHW.stride()
-        assert other.image_BCHW.is_shared()  # what it was decoded into
         for name in ("image_BCHW", "token_BT", "weight_B", "augment_key_B"):
             assert torch.equal(getattr(one, name), getattr(other, name))
         assert one.order_hash == other.order_hash
+
+
+def test_memory_of_batches_is_used_again_but_never_while_a_tensor_looks_into_it(
+    screens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [batch.image_BCHW.clone() for batch in loader_of(screens, epochs=2)]
+    made = []
+    new_slots = slots.Slots
+    monkeypatch.setattr(stream, "Slots", lambda *sizes: made.append(new_slots(*sizes)) or made[0])
+    kept = {}
+    for step, batch in enumerate(loader_of(screens, epochs=2, workers=2)):
+        # Every fifth is kept, which are more in the end than there are slots.
+        if step % 5 == 0:
+            kept[step] = batch if step % 2 else batch.image_BCHW[1].numpy()
+        assert torch.equal(batch.image_BCHW, expected[step])
+    for step, some in kept.items():
+        if isinstance(some, Batch):
+            assert torch.equal(some.image_BCHW, expected[step])
+        else:
+            assert np.array_equal(some, expected[step][1].numpy())
+    assert made[0].take() is None
+    del kept, some, batch
+    assert sorted(iter(made[0].take, None)) == list(range(6))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
