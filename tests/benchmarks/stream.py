@@ -3,10 +3,11 @@
     python tests/benchmarks/stream.py --peers-python VENV/bin/python --json
     python tests/benchmarks/stream.py --images 96 --rounds 1 --workers 0     ours and the ceiling
 
-Two data sets, `jpeg` (photograph-like, 500x375, about 50 kB) and `png` (screenshots, 1200x690);
-every loader makes shuffled float32 batches of 32, 224x224, normalised, of the same files. The
-rows of one round run one after the other, each loader in a process of its own that waits
-meanwhile; a figure is the median over `--rounds`, in images a second.
+Data sets are `jpeg` (photograph-like, 500x375, about 50 kB, as in ImageNet), `png` (screenshots,
+1200x690) and, on demand, `jpeg_1024` (1024x768, about 200 kB, as in Open Images); every loader
+makes shuffled float32 batches of 32, 224x224, normalised, of the same files. The rows of one round
+run one after the other, each loader in a process of its own that waits meanwhile; a figure is the
+median over `--rounds`, in images a second.
 
 `over_fastest_peer` is ours divided by the fastest other loader, at the number of workers where
 this is lowest. `of_ceiling` is ours divided by the ceiling, at its lowest too: the ceiling is the
@@ -48,6 +49,8 @@ from pipeline.batch import Batch, RawSample, assemble  # noqa: E402
 from pipeline.fit import Fit  # noqa: E402
 from pipeline.loader import Loader  # noqa: E402
 
+PHOTOGRAPHS = {"jpeg": (500, 375), "jpeg_1024": (1024, 768)}
+"""(width, height) in pixels"""
 SCREENS = ROOT.parent / "shared" / "data" / "pix2code-web" / "train"
 OURS, CEILING = "pixloom", "ceiling"
 
@@ -58,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--peers-python", type=Path, help="Python of a venv that has the other loaders")
     add("--peers", default=",".join(PACKAGES), help="which of them [all]")
-    add("--kinds", default="jpeg,png", help="data sets [jpeg,png]")
+    add("--kinds", default="jpeg,png", help="of jpeg, png and jpeg_1024 [jpeg,png]")
     add("--workers", default="0,1,2", help="numbers of loader processes [0,1,2]")
     add("--rounds", type=int, default=5, help="times that every row is measured [5]")
-    add("--images", type=int, default=768, help="images of the jpeg set; png: half as many [768]")
+    add("--images", type=int, default=1536, help="images of the jpeg set; others: half [1536]")
     add("--screens", type=Path, default=SCREENS, help="folder of screenshots (else they are drawn)")
     add("--memory-epochs", type=int, default=0, metavar="N", help="watch memory for N epochs [0]")
     add("--keep", type=Path, help="folder for the data, kept for the next call [a temporary one]")
@@ -306,10 +309,10 @@ def _make(kind: str, count: int, folder: Path, screens: Path) -> None:
     raw.mkdir(parents=True, exist_ok=True)
     found = sorted(screens.glob("*.png")) if screens.is_dir() else []
     for number in range(count):
-        path = raw / f"{number:05d}.{'jpg' if kind == 'jpeg' else 'png'}"
+        path = raw / f"{number:05d}.{'jpg' if kind in PHOTOGRAPHS else 'png'}"
         random = np.random.default_rng(number)
-        if kind == "jpeg":
-            Image.fromarray(photograph(random)).save(path, quality=83)
+        if kind in PHOTOGRAPHS:
+            Image.fromarray(photograph(random, *PHOTOGRAPHS[kind])).save(path, quality=83)
         elif number < len(found):
             with Image.open(found[number]) as image:
                 image.convert("RGB").crop((0, 0, 1200, 690)).save(path)
@@ -325,9 +328,10 @@ def _make(kind: str, count: int, folder: Path, screens: Path) -> None:
     )
 
 
-def photograph(random: np.random.Generator) -> NDArray[np.uint8]:
-    """Noise with the spectrum of photographs, under a dozen flat ellipses: (375, 500, 3)."""
-    height, width = 375, 500
+def photograph(
+    random: np.random.Generator, width: int = 500, height: int = 375
+) -> NDArray[np.uint8]:
+    """Noise with the spectrum of photographs, under a dozen flat ellipses: (height, width, 3)."""
     across, down = np.fft.rfftfreq(width), np.fft.fftfreq(height)[:, None]
     frequency = np.maximum(np.hypot(across, down), 1 / width)
 
@@ -366,16 +370,16 @@ def screenshot(random: np.random.Generator) -> Image.Image:
 
 
 def _show(result: dict[str, Any]) -> None:
-    for kind in ("jpeg", "png"):
+    for kind in ("jpeg", "jpeg_1024", "png"):
         for row in result.get(kind, {}).get("rows", []):
             spread = f"({row['lowest']:.0f} to {row['highest']:.0f})"
             print(
-                f"{kind:5} {row['workers']} workers  {row['loader']:20} "
+                f"{kind:9} {row['workers']} workers  {row['loader']:20} "
                 f"{row['images_per_s']:8.0f} images/s {spread}"
             )
         for name, value in result.get(kind, {}).items():
             if name != "rows":
-                print(f"{kind:5} {name:30} {value}")
+                print(f"{kind:9} {name:30} {value}")
 
 
 if __name__ == "__main__":

@@ -333,6 +333,49 @@ def test_damaged_shards_keep_their_place(
     assert f"{url}/{entries[5].name}: damaged (there is no such object; 2 attempts)" in output
 
 
+@pytest.mark.parametrize("replaced", ["manifest alone", "dataset"])
+def test_a_dataset_replaced_under_a_running_job(
+    start: Callable[..., Any],
+    config: Callable[[str], Path],
+    url: str,
+    packed: Path,
+    digest: Callable[[], str],
+    tmp_path: Path,
+    replaced: str,
+) -> None:
+    """It goes on with what its own manifest lists, or ends with a line; never with other samples."""
+    assert synth.main([str(tmp_path / "raw"), "--samples", "90", "--seed", "6"]) == 0
+    words = "--size 80x48 --split train=rest,val=12 --shard-samples 6 --workers 0"
+    other = tmp_path / "other"
+    assert pack.main([str(tmp_path / "raw"), str(other), *words.split()]) == 0
+    # A cache that must fetch again in the second epoch.
+    run = ["--config", config(url), "--run.dir", tmp_path / "run", "--checkpoint.every_steps", 4]
+    run += ["--data.cache_dir", tmp_path / "cache", "--data.cache_bytes", window_bytes(packed) + 20]
+    steps = STEPS if replaced == "manifest alone" else 3 * STEPS
+    run += ["--run.steps", steps, "--data.workers", 1]
+    job = start("pipeline.train", *run, world_size=2)
+    while not list((tmp_path / "run").glob("checkpoints/*/COMMIT.json")):
+        assert job.alive(), job.output()
+        time.sleep(0.005)
+    for name in storage.list_files(str(other)):
+        if replaced == "dataset" or name == "manifest.json":
+            put(other, url, name)
+    if replaced == "manifest alone":
+        job.succeed()
+        assert digest_of(tmp_path / "run") == digest()
+    else:
+        assert 2 in job.wait()
+        assert "the dataset was replaced after this run had begun" in job.output()
+    reached = [row["step"] for row in rows(tmp_path / "run") if "order_digest" in row]
+    assert not (tmp_path / "run" / "damaged.txt").exists()
+    again = start("pipeline.train", *run, world_size=1)
+    assert again.wait() == [2], again.output()
+    (line,) = [line for line in again.output().splitlines() if "error" in line]
+    assert url in line
+    assert "order" in line or "another dataset" in line, line
+    assert [row["step"] for row in rows(tmp_path / "run") if "order_digest" in row] == reached
+
+
 def test_a_store_lost_under_way_ends_the_run_in_one_line(
     start: Callable[..., Any],
     config: Callable[[str], Path],
