@@ -343,7 +343,7 @@ def test_a_dataset_replaced_under_a_running_job(
     tmp_path: Path,
     replaced: str,
 ) -> None:
-    """It goes on with what its own manifest lists, or ends with a line; never with other samples."""
+    """It goes on with what its own manifest lists, or ends with a line: never with others."""
     assert synth.main([str(tmp_path / "raw"), "--samples", "90", "--seed", "6"]) == 0
     words = "--size 80x48 --split train=rest,val=12 --shard-samples 6 --workers 0"
     other = tmp_path / "other"
