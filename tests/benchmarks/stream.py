@@ -43,7 +43,8 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import psutil  # noqa: E402
-from stream_peers import BATCH, MEAN, PACKAGES, SIDE, STD, serve, timed  # noqa: E402
+from children import Child, serve  # noqa: E402
+from stream_peers import BATCH, MEAN, PACKAGES, SIDE, STD, timed  # noqa: E402
 
 from pipeline.batch import Batch, RawSample, assemble  # noqa: E402
 from pipeline.fit import Fit  # noqa: E402
@@ -95,12 +96,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for, with the data in `folder`."""
     kinds, workers = arguments.kinds.split(","), [int(n) for n in arguments.workers.split(",")]
     names = [OURS, CEILING]
-    children = dict.fromkeys(names, _Child(sys.executable, str(Path(__file__)), "--serve"))
+    children = dict.fromkeys(names, Child(sys.executable, str(Path(__file__)), "--serve"))
     versions = {}
     for name in arguments.peers.split(",") if arguments.peers_python else []:
-        child = _Child(
-            str(arguments.peers_python), str(Path(__file__).with_name("stream_peers.py"))
-        )
+        child = Child(str(arguments.peers_python), str(Path(__file__).with_name("stream_peers.py")))
         versions[name] = child.ask(name=name, do="version")["version"]
         children[name] = child
     result: dict[str, Any] = {}
@@ -173,37 +172,6 @@ def _summary(
             for (name, number), found in sorted(speeds.items(), key=lambda row: row[0][1])
         ],
     }
-
-
-class _Child:
-    """A process that measures on request, one thread in all libraries."""
-
-    def __init__(self, *words: str) -> None:
-        self.words = words
-        one = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
-        offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            words,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **one, **offline},
-        )
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        line = self.process.stdout.readline()
-        reply: dict[str, Any] = json.loads(line) if line else {"error": "it ended"}
-        if "error" in reply:
-            raise SystemExit(f"stream.py: {request.get('name')}: {reply['error']}")
-        return reply
-
-    def close(self) -> None:
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        self.process.wait()
 
 
 # What the child of ours does.

@@ -1,17 +1,16 @@
 """The other loaders of `stream.py`, each used as its own documentation shows.
 
 Runs under the Python of `stream.py --peers-python`, which need not have pixloom. Every loader
-gives shuffled batches of 32 float32 224x224 images, normalised. `serve` answers requests on stdin.
+gives shuffled batches of 32 float32 224x224 images, normalised.
 """
 
-import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from children import serve
 
 BATCH = 32
 SIDE = 224
@@ -47,18 +46,6 @@ def timed(batches: Batches, total: int) -> dict[str, float]:
         "images_per_s": images / (time.perf_counter() - start_s),
         "images_per_cpu_s": images / (time.process_time() - start_cpu_s),
     }
-
-
-def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """A JSON object a line in, one out, until stdin ends."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to the log
-    for line in sys.stdin:
-        try:
-            reply = answer(json.loads(line))
-        except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
-        print(json.dumps(reply), file=replies, flush=True)
 
 
 def transform(*, of_tensors: bool = False) -> Callable[[Any], Any]:
