@@ -15,7 +15,7 @@ import tarfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,7 +43,7 @@ from shards.format import (
     format_index,
 )
 from shards.plan import Options, Plan, PlannedSample, PlannedShard
-from shards.sources import Listing, Skip
+from shards.sources import FileRead, Listing, Reader, Skip
 from shards.storage import SCRATCH_NAME, UserError, command, join
 
 SHOWN_NAMES = 3
@@ -53,7 +53,7 @@ SHOWN_NAMES = 3
 class ShardTask:
     """One shard to write: where from, where to, and its entry in the plan."""
 
-    source: Path
+    source: str
     out: str
     scratch: Path
     shard: PlannedShard
@@ -131,13 +131,14 @@ def write_shard(task: ShardTask) -> tuple[Receipt, list[Skip]]:
     num_tokens: list[int] = []
     with storage.explained(task.out), scratch.open("wb") as file:
         tar = TarWriter(file)
-        for sample in task.shard.samples:
-            engines.note(sample.image)
-            members = _make_members(task, sample, tokenizer, num_tokens)
-            if isinstance(members, Skip):
-                skips.append(members)
-            else:
-                tar.add(sample.key, members)
+        with sources.reading(task.source, _files(task.shard.samples, tokenizer)) as read:
+            for sample in task.shard.samples:
+                engines.note(sample.image)
+                members = _make_members(task, sample, read, tokenizer, num_tokens)
+                if isinstance(members, Skip):
+                    skips.append(members)
+                else:
+                    tar.add(sample.key, members)
         sha256 = tar.close()
     entry = ShardEntry(name, len(tar.spans), tar.num_bytes, sha256)
     receipt = Receipt(
@@ -154,7 +155,7 @@ def write_shard(task: ShardTask) -> tuple[Receipt, list[Skip]]:
 
 
 def pack(
-    source: Path,
+    source: str,
     out: str,
     listing: Listing,
     options: Options,
@@ -197,7 +198,7 @@ def pack(
         _check_max_bad(by_cause, skips, max_bad)
         todo = [
             ShardTask(
-                source=source.absolute(),
+                source=storage.absolute(source),
                 out=out,
                 scratch=scratch.absolute(),
                 shard=shard,
@@ -240,10 +241,21 @@ def describe_skips(counts: Mapping[str, int], skips: Sequence[Skip]) -> str:
     return "; ".join(parts)
 
 
+def _files(samples: Sequence[PlannedSample], tokenizer: Tokenizer | None) -> Iterator[FileRead]:
+    for sample in samples:
+        yield FileRead(sample.image)
+        if tokenizer is not None and sample.code is not None:
+            yield FileRead(sample.code)
+
+
 def _make_members(
-    task: ShardTask, sample: PlannedSample, tokenizer: Tokenizer | None, num_tokens: list[int]
+    task: ShardTask,
+    sample: PlannedSample,
+    read: Reader,
+    tokenizer: Tokenizer | None,
+    num_tokens: list[int],
 ) -> dict[str, bytes] | Skip:
-    data = _read_planned(task.source, sample.image, sample.image_sha256)
+    data = _read_planned(task.source, read, sample.image, sample.image_sha256)
     try:
         with images.memory_explained(f"{task.source}/{sample.image}"):
             image = images.fit_and_encode(data, task.image)
@@ -257,7 +269,7 @@ def _make_members(
     }
     members = {"json": json.dumps(about).encode(), image.extension: image.data}
     if tokenizer is not None and sample.code is not None:
-        code = _read_planned(task.source, sample.code, sample.code_sha256)
+        code = _read_planned(task.source, read, sample.code, sample.code_sha256)
         ids = tokens.encode(tokenizer, plan.read_code(code))
         if task.max_tokens is not None and len(ids) > task.max_tokens:
             return Skip("too_many_tokens", sample.code)
@@ -267,9 +279,9 @@ def _make_members(
     return members
 
 
-def _read_planned(source: Path, name: str, sha256: str | None) -> bytes:
+def _read_planned(source: str, read: Reader, name: str, sha256: str | None) -> bytes:
     try:
-        data = sources.read_file(source, name)
+        data = read(FileRead(name))
     except OSError as error:
         raise UserError(f"{source}/{name}: {error.strerror or error}; pack again") from error
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -602,10 +614,10 @@ def _count(text: str) -> int:
     return value
 
 
-def _prepare(args: argparse.Namespace) -> tuple[Path, Listing, Options, str | None]:
+def _prepare(args: argparse.Namespace) -> tuple[str, Listing, Options, str | None]:
     """Source, listing, options and given tokenizer of a command line. Raises `UserError`."""
-    source, target = storage.local_path(args.source), storage.local_path(args.out)
-    if target.resolve().is_relative_to(source.resolve()):
+    storage.local_path(args.out)
+    if storage.is_inside(args.out, args.source):
         raise UserError(f"{args.out}: OUT lies in SOURCE, the next pack would read it; choose "
                         "another OUT")  # fmt: skip
     if not 1 <= args.quality <= 100:
@@ -620,7 +632,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Path, Listing, Options, str | No
     )
     spec = plan.parse_split(args.split)
     kind = None if args.kind == "auto" else args.kind
-    listing = sources.list_folder(source, kind, args.code_suffix)
+    listing = sources.list_folder(args.source, kind, args.code_suffix)
     tokenizer, tokenizer_json = None, None
     if listing.kind == "pairs":
         tokenizer = "word"
@@ -647,7 +659,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Path, Listing, Options, str | No
         shard_samples=args.shard_samples,
         shard_bytes=args.shard_bytes,
     )
-    return source, listing, options, tokenizer_json
+    return args.source, listing, options, tokenizer_json
 
 
 def _report(out: str, packed: Packed, duration_s: float) -> dict[str, object]:

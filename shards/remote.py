@@ -105,6 +105,19 @@ def protocol_of(url: str) -> str | None:
     return protocol if separator and protocol in PROTOCOLS else None
 
 
+def is_inside(url: str, folder: str) -> bool:
+    """Whether `url` is `folder` or below it, as far as the text of both tells."""
+    inner, outer = _place(url), _place(folder)
+    return inner[0] == outer[0] and inner[1][: len(outer[1])] == outer[1]
+
+
+def _place(url: str) -> tuple[str, list[str]]:
+    """The service, and bucket and key in parts. One container is named with or without account."""
+    protocol, _, rest = url.partition("://")
+    bucket, *key = rest.rstrip("/").split("/")
+    return _SERVICES[protocol][1], [bucket.partition("@")[0], *key]
+
+
 def exists(url: str) -> bool:
     """Whether there is such an object, or any object below that name."""
     with _opened(url) as (store, path):
@@ -116,10 +129,11 @@ def size_bytes(url: str) -> int:
         return store.run(store.size_bytes(path))
 
 
-def read_bytes(url: str) -> bytes:
+def read_bytes(url: str, num_bytes: int | None = None) -> bytes:
+    """The whole object. Its size, on which the time depends, is asked first if it is not given."""
     with _opened(url) as (store, path):
-        # Asked first, for the size is what the time depends on.
-        num_bytes = store.run(store.size_bytes(path))
+        if num_bytes is None:
+            num_bytes = store.run(store.size_bytes(path))
         return store.run(store.read(path, num_bytes), num_bytes)
 
 

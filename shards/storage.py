@@ -63,6 +63,20 @@ def join(root: str, name: str) -> str:
     return f"{root if root.endswith('/') else (root or '.') + '/'}{name}"
 
 
+def absolute(url: str) -> str:
+    """`url`, which holds for a process in another working folder too."""
+    return url if is_remote(url) else str(local_path(url).absolute())
+
+
+def is_inside(url: str, folder: str) -> bool:
+    """Whether `url` is `folder` or lies in it. Raises `UserError` for a protocol not supported."""
+    if is_remote(url) and is_remote(folder):
+        return remote.is_inside(url, folder)
+    if is_remote(url) or is_remote(folder):
+        return False
+    return local_path(url).resolve().is_relative_to(local_path(folder).resolve())
+
+
 def exists(url: str) -> bool:
     """Whether there is such a file or folder. Raises `UserError` when the storage does not say."""
     if is_remote(url):
@@ -78,10 +92,13 @@ def size_bytes(url: str) -> int:
         return local_path(url).stat().st_size
 
 
-def read_bytes(url: str) -> bytes:
-    """The whole object. Raises `UserError` naming it when it is missing or cannot be read."""
+def read_bytes(url: str, num_bytes: int | None = None) -> bytes:
+    """The whole object. Raises `UserError` naming it when it is missing or cannot be read.
+
+    `num_bytes` is its size where a listing told it: it saves a store one question.
+    """
     if is_remote(url):
-        return remote.read_bytes(url)
+        return remote.read_bytes(url, num_bytes)
     with explained(url):
         return local_path(url).read_bytes()
 
