@@ -221,7 +221,13 @@ def scan(root: str, listing: Listing, workers: int) -> tuple[list[Record], list[
         (root, listing.pairs[at : at + CHUNK], at) for at in range(0, len(listing.pairs), CHUNK)
     ]
     results = engines.run(_scan_chunk, chunks, workers, lambda chunk: f"scan of {chunk[1][0]}")
-    shown = engines.progress(results, len(listing.pairs), "scanned", lambda done: len(done[1]))
+    shown = engines.progress(
+        results,
+        len(listing.pairs),
+        "scanned",
+        lambda done: len(done[1]),
+        lambda done: _cost(done[1]),
+    )
     found: list[Record | Skip] = []
     for _, chunk in sorted(((task[2], chunk) for task, chunk in shown), key=lambda row: row[0]):
         found += chunk
@@ -328,6 +334,12 @@ def make_plan(
     )
 
 
+def estimate_bytes(dealt: Mapping[str, Sequence[Sequence[Record]]], image: ImagePolicy) -> int:
+    """About what the shards will take together, by the sizes of files or of decoded images."""
+    everyone = (one for groups in dealt.values() for group in groups for one in group)
+    return sum(_estimate_bytes(record, image) for record in everyone)
+
+
 def differences(old: Plan, new: Plan) -> list[str]:
     """What makes `new` another plan than `old`, in words a user knows: options, then inputs."""
     before, after = (_flat_options(plan.options) for plan in (old, new))
@@ -357,6 +369,11 @@ def _scan_chunk(task: tuple[str, Sequence[RawPair], int]) -> list[Record | Skip]
             with images.memory_explained(f"{root}/{pair.image}"):
                 found.append(_scan_pair(read, pair))
     return found
+
+
+def _cost(found: Sequence[Record | Skip]) -> tuple[int, int]:
+    records = [one for one in found if isinstance(one, Record)]
+    return sum(one.image_bytes + one.code_bytes for one in records), len(found) - len(records)
 
 
 def _files(pairs: Iterable[RawPair]) -> Iterator[FileRead]:

@@ -305,7 +305,7 @@ def test_what_is_not_a_pack_is_not_touched(
         ((raw, planned, "--overwrite"), "not empty"),
         ((raw, other / "thesis.txt"), "not a folder"),
         ((raw, raw / "out"), "OUT lies in SOURCE"),
-        ((raw, "s3://bucket/out"), "supported so far"),
+        ((raw, "ftp://host/out"), "supported so far"),
         ((empty, tmp_path / "out"), "no images"),
         ((tmp_path / "missing", tmp_path / "out"), "no such folder"),
         ((raw, tmp_path / "out", "--split", "train=rest,test=10"), "'train'"),
