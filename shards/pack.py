@@ -138,10 +138,10 @@ def write_shard(task: ShardTask) -> tuple[Receipt, list[Skip]]:
     tokenizer = None
     if task.tokenizer_sha256 is not None:
         tokenizer = _load_tokenizer(join(task.out, TOKENIZER_NAME), task.tokenizer_sha256)
-    scratch = task.scratch / name.replace("/", "-")
+    path = task.scratch / name.replace("/", "-")
     skips: list[Skip] = []
     num_tokens: list[int] = []
-    with storage.explained(str(task.scratch)), scratch.open("wb") as file:
+    with storage.explained(str(task.scratch)), path.open("wb") as file:
         tar = TarWriter(file)
         with sources.reading(task.source, _files(task.shard.samples, tokenizer)) as read:
             for sample in task.shard.samples:
@@ -160,9 +160,10 @@ def write_shard(task: ShardTask) -> tuple[Receipt, list[Skip]]:
         skips=plan.causes(skips),
         plan_hash=task.plan_hash,
     )
-    storage.publish(scratch, join(task.out, name))
-    storage.publish_text(format_index(tar.spans), join(task.out, entry.index_name))
-    storage.publish_text(receipt.to_json(), join(task.out, entry.receipt_name))
+    storage.publish(path, join(task.out, name))
+    index = format_index(tar.spans)
+    storage.publish_text(index, join(task.out, entry.index_name), task.scratch)
+    storage.publish_text(receipt.to_json(), join(task.out, entry.receipt_name), task.scratch)
     return receipt, skips
 
 
@@ -218,9 +219,9 @@ def pack(
     by_cause = Counter(plan.causes(skips))
     refuse_foreign(out, new)
     with storage.exclusive(out) as scratch, _no_uploads_left(out):
-        _settle(out, new, overwrite)
+        _settle(out, scratch, new, overwrite)
         if tokenizer_json is not None:
-            _publish_tokenizer(out, tokenizer_json)
+            _publish_changed(tokenizer_json, join(out, TOKENIZER_NAME), scratch)
         receipts = _valid_receipts(out, new, workers)
         for receipt in receipts.values():
             by_cause.update(receipt.skips)
@@ -253,7 +254,7 @@ def pack(
                 by_cause.update(receipt.skips)
                 _check_max_bad(by_cause, skips, max_bad)
         manifest = _make_manifest(out, new, receipts, tokenizer_json)
-        _publish_manifest(out, manifest)
+        _publish_changed(manifest.to_json(), join(out, MANIFEST_NAME), scratch)
     return Packed(manifest, new, len(todo), tuple(skips), made.num_other_files)
 
 
@@ -405,7 +406,7 @@ def _read_receipts(out: str, new: Plan, files: Mapping[str, int]) -> dict[str, R
     return {name: receipt for name, receipt in found if receipt is not None}
 
 
-def _settle(out: str, new: Plan, overwrite: bool) -> None:
+def _settle(out: str, scratch: Path, new: Plan, overwrite: bool) -> None:
     """Makes `new` the plan on storage: nothing of another one is left.
 
     Raises `UserError` saying what differs when there is another one, and no `overwrite`.
@@ -431,7 +432,7 @@ def _settle(out: str, new: Plan, overwrite: bool) -> None:
         )
     if overwrite:
         _remove_pack(out, (old or new).shards, all_listed=old is None)
-    storage.publish_text(new.to_json(), url)
+    storage.publish_text(new.to_json(), url, scratch)
 
 
 def _remove_pack(out: str, shards: Sequence[PlannedShard], all_listed: bool) -> None:
@@ -457,10 +458,9 @@ def _remove_pack(out: str, shards: Sequence[PlannedShard], all_listed: bool) -> 
     storage.remove(join(out, TOKENIZER_NAME))
 
 
-def _publish_tokenizer(out: str, text: str) -> None:
-    url = join(out, TOKENIZER_NAME)
+def _publish_changed(text: str, url: str, scratch: Path) -> None:
     if not storage.exists(url) or storage.read_bytes(url) != text.encode():
-        storage.publish_text(text, url)
+        storage.publish_text(text, url, scratch)
 
 
 def _valid_receipts(out: str, new: Plan, workers: int) -> dict[str, Receipt]:
@@ -516,12 +516,6 @@ def _make_manifest(
         skips=dict(sorted(skips.items())),
         plan_hash=new.plan_hash,
     )
-
-
-def _publish_manifest(out: str, manifest: Manifest) -> None:
-    url, text = join(out, MANIFEST_NAME), manifest.to_json()
-    if not storage.exists(url) or storage.read_bytes(url) != text.encode():
-        storage.publish_text(text, url)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -224,8 +224,17 @@ def publish(scratch: Path, destination: str) -> None:
         sync(target.parent)
 
 
-def publish_text(text: str, destination: str) -> None:
-    """Writes `text` as UTF-8 to `destination`, where it appears complete or not at all."""
+def publish_text(text: str, destination: str, scratch: Path | None = None) -> None:
+    """Writes `text` as UTF-8 to `destination`, where it appears complete or not at all.
+
+    In `scratch`, a folder that is cleaned after a kill, it is built where that is given.
+    """
+    if scratch is not None:
+        temporary = scratch / f"text-{os.getpid()}-{threading.get_ident()}"
+        with explained(str(temporary)):
+            temporary.write_bytes(text.encode())
+        publish(temporary, destination)
+        return
     if is_remote(destination):
         with tempfile.TemporaryDirectory(prefix="pixloom-") as folder:
             scratch = Path(folder, "text")

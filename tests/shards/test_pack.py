@@ -184,6 +184,40 @@ def test_a_second_call_finds_nothing_to_do(
     assert first["samples"] == {"train": 8, "val": 1, "test": 1}
 
 
+def test_a_dry_run_says_what_a_pack_does_and_writes_nothing(
+    make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = make_pairs(10), tmp_path / "out"
+    (raw / "copy.png").write_bytes((raw / "a" / "0001.png").read_bytes())
+    (raw / "copy.gui").write_text("another program")
+    (raw / "zero.png").touch()
+    assert run(raw, out, "--shard-samples", 4, "--dry-run", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert not out.exists()
+    assert run(raw, out, "--shard-samples", 4, "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("; nothing was written")
+    assert "duplicates: 1 samples beyond one a group" in lines
+    assert run(raw, out, "--shard-samples", 4, "--json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert planned["dry_run"]
+    for name in (
+        "kind",
+        "samples",
+        "groups",
+        "duplicates",
+        "shards",
+        "skips",
+        "image",
+        "plan_hash",
+    ):
+        assert planned[name] == done[name], name
+    assert 0.5 < planned["estimated_bytes"] / done["bytes"] < 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    assert run(raw, tmp_path / "mine", "--dry-run") == 2
+
+
 def test_a_damaged_dataset_is_repaired(
     make_pairs: MakePairs, tmp_path: Path, hash_tree: HashTree
 ) -> None:
