@@ -376,17 +376,18 @@ def refuse_foreign(out: str, new: Plan) -> None:
 
 def _read_plan(out: str) -> str:
     """The text of the plan on storage; empty without one, or where it is no text at all."""
-    try:
-        return storage.read_text(join(out, PLAN_NAME))
-    except (UserError, FormatError):
-        return ""
+    url = join(out, PLAN_NAME)
+    with suppress(FormatError):
+        return storage.read_text(url) if storage.exists(url) else ""
+    return ""
 
 
 def _is_vouched_for(out: str, new: Plan, files: Mapping[str, int]) -> bool:
     """Whether the manifest, or the receipt of a shard, was made from `new`."""
-    with suppress(UserError, FormatError):
-        if storage.load_manifest(out).plan_hash == new.plan_hash:
-            return True
+    if MANIFEST_NAME in files:
+        with suppress(FormatError):
+            if storage.load_manifest(out).plan_hash == new.plan_hash:
+                return True
     found = _read_receipts(out, new, files)
     return any(receipt.plan_hash == new.plan_hash for receipt in found.values())
 
@@ -442,8 +443,8 @@ def _remove_pack(out: str, shards: Sequence[PlannedShard], all_listed: bool) -> 
     takes its place, so that what a kill leaves is still known as ours.
     """
     names = {shard.name for shard in shards}
-    if all_listed:
-        with suppress(UserError, FormatError):
+    if all_listed and storage.exists(join(out, MANIFEST_NAME)):
+        with suppress(FormatError):
             listed = storage.load_manifest(out).splits.values()
             names |= {entry.name for entries in listed for entry in entries}
     storage.remove(join(out, MANIFEST_NAME))
@@ -475,8 +476,10 @@ def _valid_receipts(out: str, new: Plan, workers: int) -> dict[str, Receipt]:
         for receipt in claimed.values()
     ]
     results = engines.run(verify.check_shard, checks, workers, lambda check: check.entry.name)
+    total = sum(check.entry.samples for check in checks)
+    shown = engines.progress(results, total, "checked", lambda done: done[0].entry.samples)
     return {
-        check.entry.name: claimed[check.entry.name] for check, problems in results if not problems
+        check.entry.name: claimed[check.entry.name] for check, problems in shown if not problems
     }
 
 

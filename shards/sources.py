@@ -183,14 +183,18 @@ def reading(root: str, files: Iterable[FileRead]) -> Iterator[Reader]:
     ahead: collections.deque[tuple[FileRead, Future[bytes]]] = collections.deque()
     pool = ThreadPoolExecutor(NUM_READ_AHEAD, "read-ahead")
 
+    def held_bytes(file: FileRead, read: Future[bytes]) -> int:
+        if not read.done():
+            return file.num_bytes or 0
+        return 0 if read.exception() else len(read.result())
+
     def look_ahead() -> None:
-        held_bytes = sum(
-            len(read.result()) for _, read in ahead if read.done() and not read.exception()
-        )
-        while len(ahead) < NUM_READ_AHEAD and (held_bytes < READ_AHEAD_BYTES or not ahead):
+        left_bytes = READ_AHEAD_BYTES - sum(held_bytes(*one) for one in ahead)
+        while not ahead or (len(ahead) < NUM_READ_AHEAD and left_bytes > 0):
             file = next(waiting, None)
             if file is None:
                 return
+            left_bytes -= file.num_bytes or 0
             ahead.append((file, pool.submit(_read, root, file)))
 
     def read_next(wanted: FileRead) -> bytes:

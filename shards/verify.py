@@ -256,14 +256,18 @@ def find_garbage(root: str) -> list[str]:
     what is not surely ours is not garbage. Empty where there is no dataset that can be read.
     """
     files = storage.list_files(root)
-    manifest, planned = None, None
-    with suppress(UserError, FormatError):
-        manifest = storage.load_manifest(root)
-    with suppress(UserError, FormatError):
-        text = storage.read_text(join(root, PLAN_NAME))
-        if foreign.is_adoption(text):
-            return [name for name in files if _is_temporary(name)]
-        planned = {shard.name for shard in Plan.from_json(text, PLAN_NAME).shards}
+    manifest, planned, is_adopted = None, None, False
+    with suppress(FormatError):
+        if MANIFEST_NAME in files:
+            manifest = storage.load_manifest(root)
+            is_adopted = bool(manifest.selection)
+    with suppress(FormatError):
+        if PLAN_NAME in files:
+            text = storage.read_text(join(root, PLAN_NAME))
+            is_adopted |= foreign.is_adoption(text)
+            planned = {shard.name for shard in Plan.from_json(text, PLAN_NAME).shards}
+    if is_adopted:  # Its tars are another tool's.
+        return [name for name in files if _is_temporary(name)]
     if manifest is None and (planned is None or MANIFEST_NAME in files):
         return []
     wanted = set()
@@ -364,14 +368,19 @@ def _check_totals(
     skips = Counter(planned_skips)
     longest = 0
     damaged = False
-    for shard_name in names:
+
+    def read(shard_name: str) -> Receipt | UserError | FormatError:
         name = shard_name.removesuffix(".tar") + ".json"
         try:
-            receipt = Receipt.from_json(storage.read_text(join(root, name)), name)
+            return Receipt.from_json(storage.read_text(join(root, name)), name)
         except (UserError, FormatError) as error:
+            return error
+
+    for shard_name, receipt in zip(names, storage.each(root, read, names), strict=True):
+        if not isinstance(receipt, Receipt):
             damaged = True
             if shard_name not in listed:  # Others are named where their shard is checked.
-                problems.append(str(error))
+                problems.append(str(receipt))
             continue
         skips.update(receipt.skips)
         longest = max(longest, *receipt.num_tokens, 0)
