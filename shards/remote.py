@@ -272,7 +272,7 @@ class _Store:
 
         async def get() -> int:
             nonlocal data
-            data = await self.fs._cat_file(path)
+            data = await self.fs._cat_file(path, **self.fetch_options)
             return len(data)
 
         await self._get_whole(get, path, num_bytes)

@@ -4,6 +4,7 @@ fault or a kill at any moment leaves nothing that the next call does not put rig
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -36,15 +37,22 @@ def server(request: pytest.FixtureRequest) -> Server:
 
 
 @pytest.fixture(autouse=True)
-def _scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _scratch(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """A folder for temporary files of each test, in which nothing is left."""
+    callspec = getattr(request.node, "callspec", None)
+    named = [*request.fixturenames, *(callspec.params.values() if callspec else ())]
+    for name in ("moto", "seaweedfs", "fake_gcs", "azurite"):
+        if name in named:
+            request.getfixturevalue(f"{name}_server")  # It has a folder of its own elsewhere.
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
     yield
-    assert list(folder.iterdir()) == []
+    assert list(folder.glob("pixloom*")) == []
 
 
 def new_root(server: Server) -> str:
@@ -140,7 +148,7 @@ def test_places_that_will_not_do_are_named(
 ) -> None:
     raw, source, other = make_pairs(4), new_root(server), new_root(server)
     put_tree(raw, source)
-    storage.publish_text("mine", f"{other}/thesis.txt")
+    put(f"{other}/thesis.txt", b"mine")
     before = tree(source), tree(other)
     for arguments, named in [
         ((source, f"{source}/out"), "OUT lies in SOURCE"),
@@ -151,7 +159,7 @@ def test_places_that_will_not_do_are_named(
         ((f"{other}/thesis.txt", other), "thesis.txt: not a folder"),
         ((other, source), "no images there"),
     ]:
-        assert run(*arguments) == 2
+        assert run(*arguments, "--split", "train=1") == 2
         error = capsys.readouterr().err
         assert named in error
         assert error.count("\n") == 1
@@ -265,21 +273,27 @@ def test_two_training_steps_from_a_packed_bucket(
 
 
 @pytest.fixture(scope="module")
-def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """Shards of several parts, and what a local pack makes of them."""
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """11 images, which make a shard of two parts, as small as parts may be."""
     folder = tmp_path_factory.mktemp("big")
-    (folder / "raw").mkdir()
-    pixels = os.urandom(3 * 500 * 400)
-    for number in range(36):
+    write_pictures(folder, 11)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def big_tree(big: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("packed") / "out"
+    assert run(big, out, "--split", "train=1") == 0
+    return tree(out)
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    """Of 600 kB each, all distinct."""
+    pixels = random.Random(0).randbytes(3 * 500 * 400)
+    for number in range(count):
         turned = pixels[number:] + pixels[:number]
-        path = folder / "raw" / f"{number:02d}.png"
+        path = folder / f"{number:02d}.png"
         Image.frombytes("RGB", (500, 400), turned).save(path, compress_level=0)
-    words = ["--shard-samples", "12", "--split", "train=1", "--workers", "0"]
-    assert pack.main([str(folder / "raw"), str(folder / "out"), *words]) == 0
-    return folder / "raw", tree(folder / "out")
-
-
-BIG = ("--shard-samples", 12, "--split", "train=1")
 
 
 def give_little_time(monkeypatch: pytest.MonkeyPatch, deadline_s: float) -> None:
@@ -305,10 +319,10 @@ def test_a_fault_that_passes_changes_nothing(
     on: set[str],
     proxy: FaultyProxy,
     seaweedfs: Server,
-    big: tuple[Path, dict[str, str]],
+    big: Path,
+    big_tree: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    raw, expected = big
     out = new_root(seaweedfs)
     monkeypatch.setattr(remote, "PART_BYTES", PART_BYTES)
     if kind == "stall":
@@ -316,10 +330,10 @@ def test_a_fault_that_passes_changes_nothing(
         proxy.inject(kind, on=on, at_most=1)
     else:
         proxy.inject(kind, on=on, at_most=3)
-    assert run(raw, out, *BIG) == 0
+    assert run(big, out, "--split", "train=1") == 0
     assert proxy.counts[kind] > 0
     proxy.clear()
-    assert tree(out) == expected
+    assert tree(out) == big_tree
     assert uploads(seaweedfs, key_of(seaweedfs, out)) == []
 
 
@@ -332,44 +346,43 @@ def test_a_fault_that_stays_ends_the_pack_in_one_line(
     on: set[str],
     proxy: FaultyProxy,
     seaweedfs: Server,
-    big: tuple[Path, dict[str, str]],
+    big: Path,
+    big_tree: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    raw, expected = big
     out = new_root(seaweedfs)
     monkeypatch.setattr(remote, "PART_BYTES", PART_BYTES)
     if kind == "stall":
         give_little_time(monkeypatch, deadline_s=2)
         monkeypatch.setattr(remote, "MIN_BYTES_PER_S", 1 << 30)
     proxy.inject(kind, on=on)
-    assert run(raw, out, *BIG) == 2
+    assert run(big, out, "--split", "train=1") == 2
     error = capsys.readouterr().err
     assert error.startswith(f"pixloom pack: error: {out}/")
     assert error.count("\n") == 1
     proxy.clear()
     for name, digest in tree(out).items():
-        assert digest == expected[name], name
+        assert digest == big_tree[name], name
     assert not storage.exists(f"{out}/manifest.json")
     assert uploads(seaweedfs, key_of(seaweedfs, out)) == []
-    assert run(raw, out, *BIG) == 0
-    assert tree(out) == expected
+    assert run(big, out, "--split", "train=1") == 0
+    assert tree(out) == big_tree
 
 
-@pytest.mark.parametrize(
-    ("stalls", "num_receipts", "samples"), [("part", 0, 36), ("put", 2, 4), ("put", 8, 4)]
-)
+@pytest.mark.parametrize(("stalls", "num_receipts", "samples"), [("part", 0, 30), ("put", 3, 6)])
 def test_a_killed_pack_goes_on_to_the_same_bytes(
     stalls: str,
     num_receipts: int,
     samples: int,
     proxy: FaultyProxy,
     seaweedfs: Server,
-    big: tuple[Path, dict[str, str]],
     tmp_path: Path,
 ) -> None:
-    """Killed within an upload in parts, after some of the shards, and near the end."""
-    raw, out = big[0], new_root(seaweedfs)
+    """Killed within an upload in parts, and after some of the shards."""
+    raw, out = tmp_path / "raw", new_root(seaweedfs)
+    raw.mkdir()
+    write_pictures(raw, 30)
     options = ("--shard-samples", samples, "--split", "train=1")
     assert run(raw, tmp_path / "whole", *options) == 0
 
@@ -393,7 +406,7 @@ def test_a_killed_pack_goes_on_to_the_same_bytes(
     assert tree(out) == tree(tmp_path / "whole")
     assert uploads(seaweedfs, key_of(seaweedfs, out)) == []
     # What was finished is not sent again: three files a shard, and the manifest.
-    assert proxy.operations["put"] - puts <= 3 * (36 // samples - len(kept)) + 1
+    assert proxy.operations["put"] - puts <= 3 * (30 // samples - len(kept)) + 1
 
 
 def test_one_pack_at_a_time_from_this_machine(
