@@ -501,19 +501,28 @@ def test_the_order_in_which_a_folder_is_listed_changes_nothing(
     scandir, listdir = os.scandir, os.listdir
     rng = random.Random(3)
 
-    @contextlib.contextmanager
-    def shuffled_scandir(path: Any) -> Iterator[Iterator[Any]]:
-        with scandir(path) as entries:
-            found = sorted(entries, key=lambda entry: str(entry.name))
-        rng.shuffle(found)
-        yield iter(found)
+    class Shuffled:
+        def __init__(self, path: Any) -> None:
+            with scandir(path) as entries:
+                found = sorted(entries, key=lambda entry: str(entry.name))
+            rng.shuffle(found)
+            self._found = iter(found)
+
+        def __enter__(self) -> Iterator[Any]:
+            return self._found
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def __next__(self) -> Any:
+            return next(self._found)
 
     def shuffled_listdir(path: Any) -> list[str]:
         return rng.sample(found := listdir(path), len(found))
 
     for number in range(3):
         with monkeypatch.context() as patch:
-            patch.setattr(os, "scandir", shuffled_scandir)
+            patch.setattr(os, "scandir", Shuffled)
             patch.setattr(os, "listdir", shuffled_listdir)
             assert run(raw, tmp_path / str(number), "--shard-samples", 4) == 0
         assert hash_tree(tmp_path / str(number)) == hash_tree(tmp_path / "sorted")
