@@ -108,25 +108,42 @@ def run(
 
 
 def progress(
-    results: Iterable[Result], total: int, unit: str, count: Callable[[Result], int]
+    results: Iterable[Result],
+    total: int,
+    unit: str,
+    count: Callable[[Result], int],
+    cost: Callable[[Result], tuple[int, int]] | None = None,
 ) -> Generator[Result, None, None]:
-    """Passes `results` through and shows on stderr how many of `total` units are done.
+    """Passes `results` through and shows on stderr how many of `total` units are done, how fast,
+    and how much time the others will take.
 
-    A bar on a terminal; elsewhere a line every few seconds, and none for quick work.
+    A bar on a terminal; elsewhere a line every few seconds, and none for quick work. `cost` tells
+    the bytes of a result, and how many files it skipped.
     """
-    if sys.stderr.isatty():
-        yield from _progress_bar(results, total, unit, count)
-        return
-    start = shown = time.monotonic()
-    done = 0
-    for result in results:
-        done += count(result)
-        now = time.monotonic()
-        if now - shown >= PLAIN_PROGRESS_EVERY_S:
-            shown = now
-            rate = done / (now - start)
-            print(f"{unit}: {done} of {total}, {rate:.0f} a second", file=sys.stderr, flush=True)
-        yield result
+    with _progress_bar(total, unit) if sys.stderr.isatty() else contextlib.nullcontext() as bar:
+        start = shown = time.monotonic()
+        done = num_bytes = num_skips = 0
+        for result in results:
+            done += count(result)
+            if cost is not None:
+                more_bytes, more_skips = cost(result)
+                num_bytes += more_bytes
+                num_skips += more_skips
+            now = time.monotonic()
+            rate = done / max(now - start, 1e-9)
+            facts = [f"{rate:.0f} a second"]
+            if cost is not None:
+                facts.append(f"{num_bytes / max(now - start, 1e-9) / 1e6:.1f} MB/s")
+            if num_skips:
+                facts.append(f"{num_skips} skipped")
+            if bar is not None:
+                bar(done, ", ".join(facts))
+            elif now - shown >= PLAIN_PROGRESS_EVERY_S:
+                shown = now
+                if done:
+                    facts.append(f"{(total - done) / rate:.0f} s left")
+                print(f"{unit}: {done} of {total}, {', '.join(facts)}", file=sys.stderr, flush=True)
+            yield result
 
 
 def add_workers_option(parser: argparse.ArgumentParser) -> None:
@@ -225,17 +242,15 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _progress_bar(
-    results: Iterable[Result], total: int, unit: str, count: Callable[[Result], int]
-) -> Iterator[Result]:
+@contextlib.contextmanager
+def _progress_bar(total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(unit, total=total)
-        for result in results:
-            bar.advance(task, count(result))
-            yield result
+        task = bar.add_task(unit, total=total, facts="")
+        yield lambda done, facts: bar.update(task, completed=done, facts=facts)

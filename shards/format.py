@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
@@ -28,6 +29,10 @@ IMAGE_EXTENSIONS = ("png", "jpg", "webp", "jpeg")
 """`pack` writes the first three; adopted shards have any, in any case, also after a name."""
 TOKENS_EXTENSION = "tokens.npy"
 TAR_BLOCK_BYTES = 512
+
+_FILE = re.compile(
+    r"plan\.json|manifest\.json|tokenizer\.json|[a-z0-9_-]{1,32}/[0-9]{6,}\.(tar|idx|json)"
+)
 
 Kind = Literal["pairs", "images"]
 
@@ -222,6 +227,11 @@ class SampleSpan:
     @property
     def size(self) -> int:
         return self.members[-1].offset + self.members[-1].size - self.offset
+
+
+def is_file_name(name: str) -> bool:
+    """Whether `name`, relative to the root, is such as `pack` gives to the files of a dataset."""
+    return _FILE.fullmatch(name) is not None
 
 
 def image_extension(extensions: Iterable[str]) -> str | None:

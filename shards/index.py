@@ -15,9 +15,8 @@ import hashlib
 import json
 import re
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -468,17 +467,6 @@ def _count_megabytes(done: tuple[ShardTask, Adopted]) -> int:
     return done[0].num_bytes // MEGABYTE
 
 
-@contextlib.contextmanager
-def _exclusive(root: str) -> Iterator[Path]:
-    """A scratch folder; and a local root for this writer alone. No lock guards a bucket."""
-    if storage.is_remote(root):
-        with tempfile.TemporaryDirectory(prefix="pixloom-") as folder:
-            yield Path(folder)
-    else:
-        with storage.exclusive(root) as scratch:
-            yield scratch.absolute()
-
-
 def _first_samples(
     root: str, shards: Sequence[str], scratch: Path
 ) -> tuple[str, dict[str, set[str]]]:
@@ -694,7 +682,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         start = time.monotonic()
         if not storage.is_remote(args.root) and not storage.local_path(args.root).is_dir():
             raise UserError(f"{args.root}: no such folder")
-        with _exclusive(args.root) as scratch:
+        with storage.exclusive(args.root) as scratch:
             files = storage.list_files(args.root)
             shards = find_shards(args.root, files)
             try:

@@ -1,8 +1,9 @@
 """Packing: a folder in, a dataset of tar shards out; resumed where a killed pack stopped.
 
-One task is one shard, a pure function of its entry in the plan: the same input gives the same
-bytes, whatever the number of workers and however often it was killed. Files appear in the order
-plan, tokenizer, (tar, index, receipt) of each shard, manifest; each commits those before it.
+Both are on disk or on a store. One task is one shard, a pure function of its entry in the plan:
+the same input gives the same bytes, whatever the number of workers, wherever it goes, and however
+often it was killed. Files appear in the order plan, tokenizer, (tar, index, receipt) of each
+shard, manifest; each commits those before it.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import tarfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,10 +42,11 @@ from shards.format import (
     ShardEntry,
     TokenizerEntry,
     format_index,
+    is_file_name,
 )
 from shards.plan import Options, Plan, PlannedSample, PlannedShard
-from shards.sources import Listing, Skip
-from shards.storage import SCRATCH_NAME, UserError, command, join
+from shards.sources import FileRead, Listing, Reader, Skip
+from shards.storage import SCRATCH_NAME, StorageError, UserError, command, join
 
 SHOWN_NAMES = 3
 
@@ -53,7 +55,7 @@ SHOWN_NAMES = 3
 class ShardTask:
     """One shard to write: where from, where to, and its entry in the plan."""
 
-    source: Path
+    source: str
     out: str
     scratch: Path
     shard: PlannedShard
@@ -61,6 +63,16 @@ class ShardTask:
     tokenizer_sha256: str | None
     max_tokens: int | None
     plan_hash: str
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a call of `pack` will do, decided before it looks at its OUT."""
+
+    plan: Plan
+    tokenizer_json: str | None
+    estimated_bytes: int
+    num_other_files: int
 
 
 @dataclass(frozen=True)
@@ -126,18 +138,19 @@ def write_shard(task: ShardTask) -> tuple[Receipt, list[Skip]]:
     tokenizer = None
     if task.tokenizer_sha256 is not None:
         tokenizer = _load_tokenizer(join(task.out, TOKENIZER_NAME), task.tokenizer_sha256)
-    scratch = task.scratch / name.replace("/", "-")
+    path = task.scratch / name.replace("/", "-")
     skips: list[Skip] = []
     num_tokens: list[int] = []
-    with storage.explained(task.out), scratch.open("wb") as file:
+    with storage.explained(str(task.scratch)), path.open("wb") as file:
         tar = TarWriter(file)
-        for sample in task.shard.samples:
-            engines.note(sample.image)
-            members = _make_members(task, sample, tokenizer, num_tokens)
-            if isinstance(members, Skip):
-                skips.append(members)
-            else:
-                tar.add(sample.key, members)
+        with sources.reading(task.source, _files(task.shard.samples, tokenizer)) as read:
+            for sample in task.shard.samples:
+                engines.note(sample.image)
+                members = _make_members(task, sample, read, tokenizer, num_tokens)
+                if isinstance(members, Skip):
+                    skips.append(members)
+                else:
+                    tar.add(sample.key, members)
         sha256 = tar.close()
     entry = ShardEntry(name, len(tar.spans), tar.num_bytes, sha256)
     receipt = Receipt(
@@ -147,24 +160,23 @@ def write_shard(task: ShardTask) -> tuple[Receipt, list[Skip]]:
         skips=plan.causes(skips),
         plan_hash=task.plan_hash,
     )
-    storage.publish(scratch, join(task.out, name))
-    storage.publish_text(format_index(tar.spans), join(task.out, entry.index_name))
-    storage.publish_text(receipt.to_json(), join(task.out, entry.receipt_name))
+    storage.publish(path, join(task.out, name))
+    index = format_index(tar.spans)
+    storage.publish_text(index, join(task.out, entry.index_name), task.scratch)
+    storage.publish_text(receipt.to_json(), join(task.out, entry.receipt_name), task.scratch)
     return receipt, skips
 
 
-def pack(
-    source: Path,
-    out: str,
+def draft(
+    source: str,
     listing: Listing,
     options: Options,
     tokenizer_json: str | None,
     workers: int,
     *,
-    overwrite: bool = False,
     max_bad: int | None = None,
-) -> Packed:
-    """Packs what is listed of `source` into `out`, or finishes an interrupted pack of the same.
+) -> Draft:
+    """Scans what is listed of `source`, and plans its shards; writes nothing.
 
     With `tokenizer_json` that tokenizer is used, else one is trained on the split named train.
 
@@ -175,8 +187,7 @@ def pack(
     if not records:
         found = describe_skips(plan.causes(skips), skips)
         raise UserError(f"{source}: nothing to pack there ({found})")
-    by_cause = Counter(plan.causes(skips))
-    _check_max_bad(by_cause, skips, max_bad)
+    _check_max_bad(Counter(plan.causes(skips)), skips, max_bad)
     dealt = plan.deal(records, plan.parse_split(options.split), options.seed)
     if options.kind == "pairs" and tokenizer_json is None:
         training = [one.pair.code for group in dealt["train"] for one in group]
@@ -186,24 +197,44 @@ def pack(
     if tokenizer_json is not None:
         sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
     new = plan.make_plan(options, dealt, skips, sha256)
-    _refuse_foreign(out, new)
-    with storage.exclusive(out) as scratch:
-        _settle(out, new, overwrite)
+    estimated_bytes = plan.estimate_bytes(dealt, new.image)
+    return Draft(new, tokenizer_json, estimated_bytes, listing.num_other_files)
+
+
+def pack(
+    source: str,
+    out: str,
+    made: Draft,
+    workers: int,
+    *,
+    overwrite: bool = False,
+    max_bad: int | None = None,
+) -> Packed:
+    """Packs what was planned of `source` into `out`, or finishes an interrupted pack of the same.
+
+    Raises `UserError`, and `TooManyBadError` above `max_bad` skipped samples.
+    """
+    new, tokenizer_json = made.plan, made.tokenizer_json
+    skips = list(new.skips)
+    by_cause = Counter(plan.causes(skips))
+    refuse_foreign(out, new)
+    with storage.exclusive(out) as scratch, _no_uploads_left(out):
+        _settle(out, scratch, new, overwrite)
         if tokenizer_json is not None:
-            _publish_tokenizer(out, tokenizer_json)
+            _publish_changed(tokenizer_json, join(out, TOKENIZER_NAME), scratch)
         receipts = _valid_receipts(out, new, workers)
         for receipt in receipts.values():
             by_cause.update(receipt.skips)
         _check_max_bad(by_cause, skips, max_bad)
         todo = [
             ShardTask(
-                source=source.absolute(),
+                source=storage.absolute(source),
                 out=out,
-                scratch=scratch.absolute(),
+                scratch=scratch,
                 shard=shard,
                 image=new.image,
-                tokenizer_sha256=sha256,
-                max_tokens=options.max_tokens,
+                tokenizer_sha256=new.tokenizer_sha256,
+                max_tokens=new.options.max_tokens,
                 plan_hash=new.plan_hash,
             )
             for shard in new.shards
@@ -215,7 +246,7 @@ def pack(
         # Closed before the folder is given up: no worker still writes there then.
         with (
             closing(engines.run(write_shard, todo, workers, _name_of)) as written,
-            closing(engines.progress(written, total, "packed", _count_samples)) as shown,
+            closing(engines.progress(written, total, "packed", _count_samples, _cost)) as shown,
         ):
             for task, (receipt, shard_skips) in shown:
                 receipts[task.shard.name] = receipt
@@ -223,8 +254,22 @@ def pack(
                 by_cause.update(receipt.skips)
                 _check_max_bad(by_cause, skips, max_bad)
         manifest = _make_manifest(out, new, receipts, tokenizer_json)
-        _publish_manifest(out, manifest)
-    return Packed(manifest, new, len(todo), tuple(skips), listing.num_other_files)
+        _publish_changed(manifest.to_json(), join(out, MANIFEST_NAME), scratch)
+    return Packed(manifest, new, len(todo), tuple(skips), made.num_other_files)
+
+
+@contextmanager
+def _no_uploads_left(out: str) -> Iterator[None]:
+    """Ends uploads that a killed pack left on a store, and those of workers that are killed now."""
+    storage.abort_uploads(out, is_file_name)
+    try:
+        yield
+    except StorageError:
+        raise  # It may not answer: to ask for more would only make the error come late.
+    except BaseException:
+        storage.abort_uploads(out, is_file_name)
+        raise
+    storage.abort_uploads(out, is_file_name)
 
 
 def describe_skips(counts: Mapping[str, int], skips: Sequence[Skip]) -> str:
@@ -240,10 +285,21 @@ def describe_skips(counts: Mapping[str, int], skips: Sequence[Skip]) -> str:
     return "; ".join(parts)
 
 
+def _files(samples: Sequence[PlannedSample], tokenizer: Tokenizer | None) -> Iterator[FileRead]:
+    for sample in samples:
+        yield FileRead(sample.image)
+        if tokenizer is not None and sample.code is not None:
+            yield FileRead(sample.code)
+
+
 def _make_members(
-    task: ShardTask, sample: PlannedSample, tokenizer: Tokenizer | None, num_tokens: list[int]
+    task: ShardTask,
+    sample: PlannedSample,
+    read: Reader,
+    tokenizer: Tokenizer | None,
+    num_tokens: list[int],
 ) -> dict[str, bytes] | Skip:
-    data = _read_planned(task.source, sample.image, sample.image_sha256)
+    data = _read_planned(task.source, read, sample.image, sample.image_sha256)
     try:
         with images.memory_explained(f"{task.source}/{sample.image}"):
             image = images.fit_and_encode(data, task.image)
@@ -257,7 +313,7 @@ def _make_members(
     }
     members = {"json": json.dumps(about).encode(), image.extension: image.data}
     if tokenizer is not None and sample.code is not None:
-        code = _read_planned(task.source, sample.code, sample.code_sha256)
+        code = _read_planned(task.source, read, sample.code, sample.code_sha256)
         ids = tokens.encode(tokenizer, plan.read_code(code))
         if task.max_tokens is not None and len(ids) > task.max_tokens:
             return Skip("too_many_tokens", sample.code)
@@ -267,9 +323,9 @@ def _make_members(
     return members
 
 
-def _read_planned(source: Path, name: str, sha256: str | None) -> bytes:
+def _read_planned(source: str, read: Reader, name: str, sha256: str | None) -> bytes:
     try:
-        data = sources.read_file(source, name)
+        data = read(FileRead(name))
     except OSError as error:
         raise UserError(f"{source}/{name}: {error.strerror or error}; pack again") from error
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -293,6 +349,11 @@ def _count_samples(done: tuple[ShardTask, tuple[Receipt, list[Skip]]]) -> int:
     return len(done[0].shard.samples)
 
 
+def _cost(done: tuple[ShardTask, tuple[Receipt, list[Skip]]]) -> tuple[int, int]:
+    receipt, skips = done[1]
+    return receipt.shard.bytes, len(skips)
+
+
 def _check_max_bad(counts: Counter[str], skips: Sequence[Skip], max_bad: int | None) -> None:
     if max_bad is not None and counts.total() > max_bad:
         raise TooManyBadError(
@@ -301,47 +362,52 @@ def _check_max_bad(counts: Counter[str], skips: Sequence[Skip], max_bad: int | N
         )
 
 
-def _refuse_foreign(out: str, new: Plan) -> None:
+def refuse_foreign(out: str, new: Plan) -> None:
     """Raises `UserError` for a place that holds something, but no pack of ours."""
-    path = storage.local_path(out)
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise UserError(f"{out}: not a folder; choose another OUT")
-    names = {entry.name for entry in path.iterdir() if not entry.name.endswith(SCRATCH_NAME)}
-    if names and not (plan.is_marked(_read_plan(out)) or _is_vouched_for(out, new)):
+    if not storage.is_remote(out):
+        path = storage.local_path(out)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{out}: not a folder; choose another OUT")
+    files = storage.list_files(out)
+    others = [name for name in files if not name.partition("/")[0].endswith(SCRATCH_NAME)]
+    if others and not (plan.is_marked(_read_plan(out)) or _is_vouched_for(out, new, files)):
         raise UserError(f"{out}: not empty, and not begun by pack; choose another OUT")
 
 
 def _read_plan(out: str) -> str:
     """The text of the plan on storage; empty without one, or where it is no text at all."""
-    try:
-        return storage.read_text(join(out, PLAN_NAME))
-    except (UserError, FormatError):
-        return ""
+    url = join(out, PLAN_NAME)
+    with suppress(FormatError):
+        return storage.read_text(url) if storage.exists(url) else ""
+    return ""
 
 
-def _is_vouched_for(out: str, new: Plan) -> bool:
+def _is_vouched_for(out: str, new: Plan, files: Mapping[str, int]) -> bool:
     """Whether the manifest, or the receipt of a shard, was made from `new`."""
-    with suppress(UserError, FormatError):
-        if storage.load_manifest(out).plan_hash == new.plan_hash:
-            return True
-    for shard in new.shards:
-        receipt = _read_receipt(out, shard)
-        if receipt is not None and receipt.plan_hash == new.plan_hash:
-            return True
-    return False
-
-
-def _read_receipt(out: str, shard: PlannedShard) -> Receipt | None:
-    url = join(out, shard.name.removesuffix(".tar") + ".json")
-    if storage.exists(url):
+    if MANIFEST_NAME in files:
         with suppress(FormatError):
-            return Receipt.from_json(storage.read_text(url), url)
-    return None
+            if storage.load_manifest(out).plan_hash == new.plan_hash:
+                return True
+    found = _read_receipts(out, new, files)
+    return any(receipt.plan_hash == new.plan_hash for receipt in found.values())
 
 
-def _settle(out: str, new: Plan, overwrite: bool) -> None:
+def _read_receipts(out: str, new: Plan, files: Mapping[str, int]) -> dict[str, Receipt]:
+    """Those of the plan's shards that are among `files` and can be read, by the shard's name."""
+
+    def read(name: str) -> Receipt | None:
+        url = join(out, name.removesuffix(".tar") + ".json")
+        with suppress(FormatError):
+            receipt = Receipt.from_json(storage.read_text(url), url)
+            return receipt if receipt.shard.name == name else None
+        return None
+
+    names = [one.name for one in new.shards if one.name.removesuffix(".tar") + ".json" in files]
+    found = zip(names, storage.each(out, read, names), strict=True)
+    return {name: receipt for name, receipt in found if receipt is not None}
+
+
+def _settle(out: str, scratch: Path, new: Plan, overwrite: bool) -> None:
     """Makes `new` the plan on storage: nothing of another one is left.
 
     Raises `UserError` saying what differs when there is another one, and no `overwrite`.
@@ -356,14 +422,18 @@ def _settle(out: str, new: Plan, overwrite: bool) -> None:
             found = plan.differences(old, new)
         except FormatError as error:
             found = [str(error)]
-    if found and not overwrite and (old is not None or not _is_vouched_for(out, new)):
+    if (
+        found
+        and not overwrite
+        and (old is not None or not _is_vouched_for(out, new, storage.list_files(out)))
+    ):
         raise UserError(
             f"{out}: holds another pack ({'; '.join(found)}); give --overwrite to replace it, or "
             "choose another OUT"
         )
     if overwrite:
         _remove_pack(out, (old or new).shards, all_listed=old is None)
-    storage.publish_text(new.to_json(), url)
+    storage.publish_text(new.to_json(), url, scratch)
 
 
 def _remove_pack(out: str, shards: Sequence[PlannedShard], all_listed: bool) -> None:
@@ -373,44 +443,43 @@ def _remove_pack(out: str, shards: Sequence[PlannedShard], all_listed: bool) -> 
     takes its place, so that what a kill leaves is still known as ours.
     """
     names = {shard.name for shard in shards}
-    if all_listed:
-        with suppress(UserError, FormatError):
+    if all_listed and storage.exists(join(out, MANIFEST_NAME)):
+        with suppress(FormatError):
             listed = storage.load_manifest(out).splits.values()
             names |= {entry.name for entries in listed for entry in entries}
     storage.remove(join(out, MANIFEST_NAME))
     for suffix in (".json", ".tar", ".idx"):
-        for name in sorted(names):
-            storage.remove(join(out, name.removesuffix(".tar") + suffix))
-    for split in {name.partition("/")[0] for name in names}:
-        # Not where someone else has put something.
-        with suppress(OSError):
-            storage.local_path(join(out, split)).rmdir()
+        urls = [join(out, name.removesuffix(".tar") + suffix) for name in sorted(names)]
+        storage.each(out, storage.remove, urls)
+    if not storage.is_remote(out):
+        for split in {name.partition("/")[0] for name in names}:
+            # Not where someone else has put something.
+            with suppress(OSError):
+                storage.local_path(join(out, split)).rmdir()
     storage.remove(join(out, TOKENIZER_NAME))
 
 
-def _publish_tokenizer(out: str, text: str) -> None:
-    url = join(out, TOKENIZER_NAME)
+def _publish_changed(text: str, url: str, scratch: Path) -> None:
     if not storage.exists(url) or storage.read_bytes(url) != text.encode():
-        storage.publish_text(text, url)
+        storage.publish_text(text, url, scratch)
 
 
 def _valid_receipts(out: str, new: Plan, workers: int) -> dict[str, Receipt]:
     """Receipts of this plan whose shard and index are on storage as they say."""
-    claimed = {}
-    for shard in new.shards:
-        receipt = _read_receipt(out, shard)
-        if receipt is None:
-            continue
-        if receipt.plan_hash == new.plan_hash and receipt.shard.name == shard.name:
-            claimed[shard.name] = receipt
+    found = _read_receipts(out, new, storage.list_files(out))
+    claimed = {
+        name: receipt for name, receipt in found.items() if receipt.plan_hash == new.plan_hash
+    }
     has_tokens = new.tokenizer_sha256 is not None
     checks = [
         verify.ShardCheck(out, receipt.shard, new.plan_hash, has_tokens)
         for receipt in claimed.values()
     ]
     results = engines.run(verify.check_shard, checks, workers, lambda check: check.entry.name)
+    total = sum(check.entry.samples for check in checks)
+    shown = engines.progress(results, total, "checked", lambda done: done[0].entry.samples)
     return {
-        check.entry.name: claimed[check.entry.name] for check, problems in results if not problems
+        check.entry.name: claimed[check.entry.name] for check, problems in shown if not problems
     }
 
 
@@ -421,11 +490,12 @@ def _make_manifest(
     skips = plan.causes(new.skips)
     splits: dict[str, list[ShardEntry]] = {split: [] for split in new.splits}
     longest = 0
+    files = storage.list_files(out)
+    stored = _read_receipts(out, new, files)
     for shard in new.shards:
         receipt = receipts[shard.name]
-        url = join(out, receipt.shard.receipt_name)
-        stored = Receipt.from_json(storage.read_text(url), url)
-        if stored != receipt or storage.size_bytes(join(out, shard.name)) != receipt.shard.bytes:
+        if stored.get(shard.name) != receipt or files.get(shard.name) != receipt.shard.bytes:
+            url = join(out, receipt.shard.receipt_name)
             raise UserError(f"{url}: changed while the dataset was packed; pack again")
         for cause, count in receipt.skips.items():
             skips[cause] = skips.get(cause, 0) + count
@@ -451,22 +521,27 @@ def _make_manifest(
     )
 
 
-def _publish_manifest(out: str, manifest: Manifest) -> None:
-    url, text = join(out, MANIFEST_NAME), manifest.to_json()
-    if not storage.exists(url) or storage.read_bytes(url) != text.encode():
-        storage.publish_text(text, url)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pixloom pack",
         description="Pack a folder of images, or of images with code, into WebDataset tar shards "
         "with an index. Run again after an interruption, it goes on; run again after success, it "
         "finds nothing to do.",
+        epilog="SOURCE and OUT are local or on a store: s3://, gs://, abfs://. Credentials come "
+        "from the environment. For a store, each worker builds one shard at a time in the folder "
+        "for temporary files (TMPDIR). No lock guards a store: let one pack at a time write there.",
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="folder of images, at any depth; links are not followed")
-    add("out", metavar="OUT", help="folder of the dataset: new, empty, or an earlier pack of it")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="folder of images, at any depth, local or on a store; links are not followed",
+    )
+    add(
+        "out",
+        metavar="OUT",
+        help="folder of the dataset, local or on a store: new, empty, or an earlier pack of it",
+    )
     add(
         "--kind",
         choices=("auto", "pairs", "images"),
@@ -564,6 +639,7 @@ def _parser() -> argparse.ArgumentParser:
         help="stop with exit status 1 when more files are skipped (default: no limit)",
     )
     add("--overwrite", action="store_true", help="replace an earlier pack in OUT")
+    add("--dry-run", action="store_true", help="say what would be packed, and write nothing")
     add("--json", action="store_true", help="print a JSON object as the last line")
     return parser
 
@@ -602,10 +678,9 @@ def _count(text: str) -> int:
     return value
 
 
-def _prepare(args: argparse.Namespace) -> tuple[Path, Listing, Options, str | None]:
-    """Source, listing, options and given tokenizer of a command line. Raises `UserError`."""
-    source, target = storage.local_path(args.source), storage.local_path(args.out)
-    if target.resolve().is_relative_to(source.resolve()):
+def _prepare(args: argparse.Namespace) -> tuple[Listing, Options, str | None]:
+    """Listing, options and given tokenizer of a command line. Raises `UserError`."""
+    if storage.is_inside(args.out, args.source):
         raise UserError(f"{args.out}: OUT lies in SOURCE, the next pack would read it; choose "
                         "another OUT")  # fmt: skip
     if not 1 <= args.quality <= 100:
@@ -620,7 +695,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Path, Listing, Options, str | No
     )
     spec = plan.parse_split(args.split)
     kind = None if args.kind == "auto" else args.kind
-    listing = sources.list_folder(source, kind, args.code_suffix)
+    listing = sources.list_folder(args.source, kind, args.code_suffix)
     tokenizer, tokenizer_json = None, None
     if listing.kind == "pairs":
         tokenizer = "word"
@@ -647,7 +722,13 @@ def _prepare(args: argparse.Namespace) -> tuple[Path, Listing, Options, str | No
         shard_samples=args.shard_samples,
         shard_bytes=args.shard_bytes,
     )
-    return source, listing, options, tokenizer_json
+    return listing, options, tokenizer_json
+
+
+def _say_skips(counts: Mapping[str, int], skips: Sequence[Skip]) -> None:
+    if counts:
+        total = sum(counts.values())
+        print(f"skipped {total}: {describe_skips(counts, skips)}", file=sys.stderr)
 
 
 def _report(out: str, packed: Packed, duration_s: float) -> dict[str, object]:
@@ -675,19 +756,57 @@ def _report(out: str, packed: Packed, duration_s: float) -> dict[str, object]:
     return row
 
 
+def _report_draft(out: str, made: Draft, duration_s: float) -> dict[str, object]:
+    new = made.plan
+    samples = Counter(dict.fromkeys(new.splits, 0))
+    for shard in new.shards:
+        samples[shard.name.partition("/")[0]] += len(shard.samples)
+    return {
+        "out": out,
+        "dry_run": True,
+        "kind": new.options.kind,
+        "samples": dict(samples),
+        "groups": dict(new.num_groups),
+        "duplicates": samples.total() - sum(new.num_groups.values()),
+        "shards": len(new.shards),
+        "estimated_bytes": made.estimated_bytes,
+        "skips": plan.causes(new.skips),
+        "image": dataclasses.asdict(new.image),
+        "plan_hash": new.plan_hash,
+        "duration_s": round(duration_s, 3),
+    }
+
+
+def _describe_draft(made: Draft, row: Mapping[str, object]) -> str:
+    new = made.plan
+    lines = []
+    for split, num_groups in new.num_groups.items():
+        shards = [shard for shard in new.shards if shard.name.startswith(f"{split}/")]
+        num_samples = sum(len(shard.samples) for shard in shards)
+        lines.append(_describe_split(split, num_samples, num_groups, len(shards)))
+    lines.append(f"duplicates: {row['duplicates']} samples beyond one a group")
+    if made.num_other_files:
+        lines.append(f"ignored: {made.num_other_files} files, neither images nor code")
+    lines.append(f"about {made.estimated_bytes:,} bytes; nothing was written")
+    return "\n".join(lines)
+
+
+def _describe_split(split: str, num_samples: int, num_groups: int, num_shards: int) -> str:
+    return (
+        f"{split}: {num_samples} samples in {num_groups} "
+        f"{'group' if num_groups == 1 else 'groups'}, "
+        f"{num_shards} {'shard' if num_shards == 1 else 'shards'}"
+    )
+
+
 def _describe(packed: Packed, row: Mapping[str, object]) -> str:
     manifest = packed.manifest
     lines = []
     if row["nothing_to_do"]:
         lines.append(f"{row['out']}: nothing to do, the dataset is complete")
     for split in manifest.splits:
-        groups = packed.plan.num_groups[split]
-        num_shards = len(manifest.splits[split])
-        lines.append(
-            f"{split}: {manifest.num_samples(split)} samples in {groups} "
-            f"{'group' if groups == 1 else 'groups'}, "
-            f"{num_shards} {'shard' if num_shards == 1 else 'shards'}"
-        )
+        num_groups, num_shards = packed.plan.num_groups[split], len(manifest.splits[split])
+        lines.append(_describe_split(split, manifest.num_samples(split), num_groups, num_shards))
     if manifest.tokenizer is not None:
         lines.append(
             f"vocabulary: {manifest.tokenizer.vocab_size} tokens; "
@@ -704,14 +823,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def action() -> int:
         start = time.monotonic()
-        source, listing, options, tokenizer_json = _prepare(args)
+        listing, options, tokenizer_json = _prepare(args)
         try:
-            packed = pack(
-                source,
-                args.out,
+            made = draft(
+                args.source,
                 listing,
                 options,
                 tokenizer_json,
+                args.workers,
+                max_bad=args.max_bad,
+            )
+            if args.dry_run:
+                refuse_foreign(args.out, made.plan)
+                _say_skips(plan.causes(made.plan.skips), made.plan.skips)
+                row = _report_draft(args.out, made, time.monotonic() - start)
+                print(json.dumps(row) if args.json else _describe_draft(made, row))
+                return 0
+            packed = pack(
+                args.source,
+                args.out,
+                made,
                 args.workers,
                 overwrite=args.overwrite,
                 max_bad=args.max_bad,
@@ -719,10 +850,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except TooManyBadError as error:
             print(f"pixloom pack: {error}", file=sys.stderr)
             return 1
-        if packed.manifest.skips:
-            total = sum(packed.manifest.skips.values())
-            found = describe_skips(packed.manifest.skips, packed.skips)
-            print(f"skipped {total}: {found}", file=sys.stderr)
+        _say_skips(packed.manifest.skips, packed.skips)
         row = _report(args.out, packed, time.monotonic() - start)
         print(json.dumps(row) if args.json else _describe(packed, row))
         return 0

@@ -13,16 +13,15 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from shards import engines, images, sources, tokens
 from shards.format import TAR_BLOCK_BYTES, FormatError, ImagePolicy, Kind
-from shards.sources import Listing, RawPair, Skip
+from shards.sources import FileRead, Listing, RawPair, Reader, Skip, TooLargeError
 from shards.storage import UserError
 
 PLAN_VERSION = 1
@@ -216,13 +215,19 @@ def count_groups(spec: SplitSpec, num_groups: int) -> dict[str, int]:
     return counts
 
 
-def scan(root: Path, listing: Listing, workers: int) -> tuple[list[Record], list[Skip]]:
+def scan(root: str, listing: Listing, workers: int) -> tuple[list[Record], list[Skip]]:
     """Reads and hashes every listed sample; refuses what its header or its text rules out."""
     chunks = [
         (root, listing.pairs[at : at + CHUNK], at) for at in range(0, len(listing.pairs), CHUNK)
     ]
     results = engines.run(_scan_chunk, chunks, workers, lambda chunk: f"scan of {chunk[1][0]}")
-    shown = engines.progress(results, len(listing.pairs), "scanned", lambda done: len(done[1]))
+    shown = engines.progress(
+        results,
+        len(listing.pairs),
+        "scanned",
+        lambda done: len(done[1]),
+        lambda done: _cost(done[1]),
+    )
     found: list[Record | Skip] = []
     for _, chunk in sorted(((task[2], chunk) for task, chunk in shown), key=lambda row: row[0]):
         found += chunk
@@ -230,7 +235,7 @@ def scan(root: Path, listing: Listing, workers: int) -> tuple[list[Record], list
     return records, [one for one in found if isinstance(one, Skip)]
 
 
-def count_words(root: Path, names: Sequence[str], workers: int) -> collections.Counter[str]:
+def count_words(root: str, names: Sequence[str], workers: int) -> collections.Counter[str]:
     """How often each word occurs in the code files `names`."""
     chunks = [(root, names[at : at + CHUNK]) for at in range(0, len(names), CHUNK)]
     results = engines.run(_count_words_chunk, chunks, workers, lambda task: str(task[1][0]))
@@ -329,6 +334,12 @@ def make_plan(
     )
 
 
+def estimate_bytes(dealt: Mapping[str, Sequence[Sequence[Record]]], image: ImagePolicy) -> int:
+    """About what the shards will take together, by the sizes of files or of decoded images."""
+    everyone = (one for groups in dealt.values() for group in groups for one in group)
+    return sum(_estimate_bytes(record, image) for record in everyone)
+
+
 def differences(old: Plan, new: Plan) -> list[str]:
     """What makes `new` another plan than `old`, in words a user knows: options, then inputs."""
     before, after = (_flat_options(plan.options) for plan in (old, new))
@@ -349,22 +360,43 @@ def differences(old: Plan, new: Plan) -> list[str]:
     return changes or ["the version of pixloom or of its libraries"]
 
 
-def _scan_chunk(task: tuple[Path, Sequence[RawPair], int]) -> list[Record | Skip]:
+def _scan_chunk(task: tuple[str, Sequence[RawPair], int]) -> list[Record | Skip]:
     root, pairs, _ = task
     found = []
-    for pair in pairs:
-        engines.note(pair.image)
-        with images.memory_explained(f"{root}/{pair.image}"):
-            found.append(_scan_pair(root, pair))
+    with sources.reading(root, _files(pairs)) as read:
+        for pair in pairs:
+            engines.note(pair.image)
+            with images.memory_explained(f"{root}/{pair.image}"):
+                found.append(_scan_pair(read, pair))
     return found
 
 
-def _scan_pair(root: Path, pair: RawPair) -> Record | Skip:
+def _cost(found: Sequence[Record | Skip]) -> tuple[int, int]:
+    records = [one for one in found if isinstance(one, Record)]
+    return sum(one.image_bytes + one.code_bytes for one in records), len(found) - len(records)
+
+
+def _files(pairs: Iterable[RawPair]) -> Iterator[FileRead]:
+    for pair in pairs:
+        yield _image_file(pair)
+        if pair.code is not None:
+            yield _code_file(pair.code, pair.code_bytes)
+
+
+def _image_file(pair: RawPair) -> FileRead:
+    return FileRead(pair.image, pair.image_bytes, images.MAX_FILE_BYTES)
+
+
+def _code_file(name: str, num_bytes: int | None) -> FileRead:
+    return FileRead(name, num_bytes, MAX_CODE_BYTES)
+
+
+def _scan_pair(read: Reader, pair: RawPair) -> Record | Skip:
     try:
-        if (root / pair.image).stat().st_size > images.MAX_FILE_BYTES:
-            return Skip("too_large", pair.image)
-        data = sources.read_file(root, pair.image)
+        data = read(_image_file(pair))
         width, height = images.read_size(data)
+    except TooLargeError:
+        return Skip("too_large", pair.image)
     except OSError:
         return Skip("unreadable", pair.image)
     except images.ImageRefused as refused:
@@ -373,10 +405,10 @@ def _scan_pair(root: Path, pair: RawPair) -> Record | Skip:
     if pair.code is None:
         return record
     try:
-        if (root / pair.code).stat().st_size > MAX_CODE_BYTES:
-            return Skip("code_too_large", pair.code)
-        code = sources.read_file(root, pair.code)
+        code = read(_code_file(pair.code, pair.code_bytes))
         found = tokens.words(read_code(code))
+    except TooLargeError:
+        return Skip("code_too_large", pair.code)
     except OSError:
         return Skip("unreadable", pair.code)
     except UnicodeDecodeError:
@@ -396,14 +428,18 @@ def read_code(data: bytes) -> str:
     return data.decode("utf-8-sig")
 
 
-def _count_words_chunk(task: tuple[Path, Sequence[str]]) -> collections.Counter[str]:
+def _count_words_chunk(task: tuple[str, Sequence[str]]) -> collections.Counter[str]:
     root, names = task
+    files = [FileRead(name) for name in names]
     counts: collections.Counter[str] = collections.Counter()
-    for name in names:
-        try:
-            counts.update(tokens.words(read_code(sources.read_file(root, name))))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{name!r}: changed while it was packed; pack again") from error
+    with sources.reading(root, files) as read:
+        for file in files:
+            try:
+                counts.update(tokens.words(read_code(read(file))))
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"{file.name!r}: changed while it was packed; pack again"
+                ) from error
     return counts
 
 

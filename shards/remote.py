@@ -105,6 +105,19 @@ def protocol_of(url: str) -> str | None:
     return protocol if separator and protocol in PROTOCOLS else None
 
 
+def is_inside(url: str, folder: str) -> bool:
+    """Whether `url` is `folder` or below it, as far as the text of both tells."""
+    inner, outer = _place(url), _place(folder)
+    return inner[0] == outer[0] and inner[1][: len(outer[1])] == outer[1]
+
+
+def _place(url: str) -> tuple[str, list[str]]:
+    """The service, and bucket and key in parts. One container is named with or without account."""
+    protocol, _, rest = url.partition("://")
+    bucket, *key = rest.rstrip("/").split("/")
+    return _SERVICES[protocol][1], [bucket.partition("@")[0], *key]
+
+
 def exists(url: str) -> bool:
     """Whether there is such an object, or any object below that name."""
     with _opened(url) as (store, path):
@@ -116,10 +129,11 @@ def size_bytes(url: str) -> int:
         return store.run(store.size_bytes(path))
 
 
-def read_bytes(url: str) -> bytes:
+def read_bytes(url: str, num_bytes: int | None = None) -> bytes:
+    """The whole object. Its size, on which the time depends, is asked first if it is not given."""
     with _opened(url) as (store, path):
-        # Asked first, for the size is what the time depends on.
-        num_bytes = store.run(store.size_bytes(path))
+        if num_bytes is None:
+            num_bytes = store.run(store.size_bytes(path))
         return store.run(store.read(path, num_bytes), num_bytes)
 
 
@@ -169,13 +183,13 @@ def remove_tree(url: str) -> None:
         store.run(remove_listed())
 
 
-def abort_uploads(url: str) -> int:
-    """Aborts unfinished uploads of objects below `url`; returns how many there were.
+def abort_uploads(url: str, is_ours: Callable[[str], bool]) -> int:
+    """Aborts unfinished uploads of `is_ours`'s objects below `url`; returns how many there were.
 
     Of a whole bucket none are: others may be writing to it.
     """
     with _opened(url) as (store, path):
-        return store.run(store.abort_uploads(path)) if "/" in path else 0
+        return store.run(store.abort_uploads(path, is_ours)) if "/" in path else 0
 
 
 class _Store:
@@ -258,7 +272,7 @@ class _Store:
 
         async def get() -> int:
             nonlocal data
-            data = await self.fs._cat_file(path)
+            data = await self.fs._cat_file(path, **self.fetch_options)
             return len(data)
 
         await self._get_whole(get, path, num_bytes)
@@ -348,7 +362,7 @@ class _Store:
 
         await _together((remove_one(path) for path in paths), PARALLEL_DELETES)
 
-    async def abort_uploads(self, path: str) -> int:
+    async def abort_uploads(self, path: str, is_ours: Callable[[str], bool]) -> int:
         return 0  # the other services drop unfinished uploads by themselves, after a week
 
 
@@ -445,7 +459,8 @@ class _S3(_Store):
         finally:
             if num_creates > 1 or not upload:
                 # An upload was begun whose name we never heard.
-                await self._quietly(self._abort(names["Bucket"], names["Key"], whole_key=True))
+                is_it = names["Key"].__eq__
+                await self._quietly(self._abort(names["Bucket"], names["Key"], is_it))
 
     async def _quietly(self, steps: Coroutine[Any, Any, Any]) -> None:
         """Cleaning after a failure: neither for long, nor in place of the failure's own error."""
@@ -455,7 +470,7 @@ class _S3(_Store):
         except (Exception, asyncio.CancelledError) as error:
             logger.debug("cleaning up an upload: %s", redact(repr(error)))
 
-    async def _abort(self, bucket: str, prefix: str, *, whole_key: bool = False) -> int:
+    async def _abort(self, bucket: str, prefix: str, is_ours: Callable[[str], bool]) -> int:
         aborted: set[str] = set()
         marker: dict[str, str] = {}
         while True:
@@ -464,8 +479,7 @@ class _S3(_Store):
             found = {
                 upload["UploadId"]: upload["Key"]
                 for upload in page.get("Uploads", [])
-                # Checked here too: to trust a server's filter may cost others their uploads.
-                if upload["Key"] == prefix or (upload["Key"].startswith(prefix) and not whole_key)
+                if is_ours(upload["Key"])
             }
             for upload_id in found.keys() - aborted:
                 names = {"Bucket": bucket, "Key": found[upload_id], "UploadId": upload_id}
@@ -481,9 +495,13 @@ class _S3(_Store):
                 return len(aborted)
             aborted |= found.keys()
 
-    async def abort_uploads(self, path: str) -> int:
+    async def abort_uploads(self, path: str, is_ours: Callable[[str], bool]) -> int:
         bucket, key, _ = self.fs.split_path(path)
-        return await self._abort(bucket, f"{key}/")
+        prefix = f"{key}/"
+        # Checked here too: to trust a server's filter may cost others their uploads.
+        return await self._abort(
+            bucket, prefix, lambda key: key.startswith(prefix) and is_ours(key[len(prefix) :])
+        )
 
     async def list_sizes(self, path: str) -> dict[str, int]:
         bucket, key, _ = self.fs.split_path(path)

@@ -1,30 +1,47 @@
-"""Where raw samples come from: a layout on disk in, a sorted listing of samples out.
+"""Where raw samples come from: a folder, on disk or on a store, in, a sorted listing out.
 
 A new layout is one function here. Only names and file types are looked at; what is inside the
-files is checked by `shards.plan` (hashes, headers, text) and `shards.images`.
+files is checked by `shards.plan` (hashes, headers, text) and `shards.images`. Every file of a
+source is read by `read_file`.
 """
 
+import collections
+import contextlib
+import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
+from shards import storage
 from shards.format import Kind
-from shards.storage import UserError
+from shards.storage import MissingError, UserError
 
 IMAGE_SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff",
 )  # fmt: skip
 CODE_SUFFIXES = (".gui", ".html", ".tex", ".txt")
 
+NUM_READ_AHEAD = 16
+"""Files of a store that one worker asks for at a time: what it waits for is the answer."""
+READ_AHEAD_BYTES = 64 * 2**20
+"""No more is asked for while so much has come and was not used."""
+
 
 @dataclass(frozen=True, slots=True)
 class RawPair:
-    """One sample: names relative to the source folder, with `/`. `code` is None without code."""
+    """One sample: names relative to the source folder, with `/`. `code` is None without code.
+
+    A store's listing tells the sizes of the files; that of a local folder does not.
+    """
 
     image: str
     code: str | None
+    image_bytes: int | None = field(default=None, compare=False)
+    code_bytes: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,34 +63,29 @@ class Listing:
     num_other_files: int
 
 
-def list_folder(root: Path, kind: Kind | None = None, code_suffix: str | None = None) -> Listing:
-    """Finds the samples under `root`, at any depth.
+class TooLargeError(OSError):
+    """A file that is larger than what would be read of it."""
+
+
+def list_folder(root: str, kind: Kind | None = None, code_suffix: str | None = None) -> Listing:
+    """Finds the samples under `root`, a folder on disk or on a store, at any depth.
 
     In a folder of `pairs` an image and its code share their path up to the suffix; a folder of
     `images` holds images alone. Without `kind`, a folder in which code lies beside images is one
-    of pairs. Hidden files are ignored, links and special files never followed or opened.
+    of pairs. Hidden files are ignored, links and special files never followed or opened; neither
+    are objects whose names no URL can hold.
 
     Raises `UserError` when there is no folder, no image, or no telling what the code is, and for a
     code suffix with `images`.
     """
-    if not root.is_dir():
-        raise UserError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
     if kind == "images" and code_suffix is not None:
         raise UserError(
             f"--code-suffix {code_suffix}: --kind images packs no code; drop one of them"
         )
     if code_suffix in IMAGE_SUFFIXES:
         raise UserError(f"--code-suffix {code_suffix}: that is an image's suffix")
-    try:
-        entries = sorted(_walk(root), key=lambda entry: os.fsencode(entry[0]))
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}") from error
-    files, skips = [], []
-    for name, is_file in entries:
-        if is_file:
-            files.append(name)
-        else:
-            skips.append(Skip("not_a_file", name))
+    sizes, skips = _list_store(root) if storage.is_remote(root) else _list_local(root)
+    files = sorted(sizes, key=os.fsencode)
     images = [name for name in files if _suffix(name) in IMAGE_SUFFIXES]
     if not images:
         raise UserError(f"{root}: no images there; looked for {' '.join(IMAGE_SUFFIXES)}")
@@ -86,7 +98,7 @@ def list_folder(root: Path, kind: Kind | None = None, code_suffix: str | None = 
             )
     if code_suffix is None:
         kept = _without_case_collisions({name: name for name in images}, skips)
-        pairs = [RawPair(name, None) for name in kept]
+        pairs = [RawPair(name, None, sizes[name]) for name in kept]
         num_other = len(files) - len(images)
         return Listing("images", None, tuple(pairs), tuple(skips), num_other)
     code_names = [name for name in files if _suffix(name) == code_suffix]
@@ -104,19 +116,131 @@ def list_folder(root: Path, kind: Kind | None = None, code_suffix: str | None = 
             by_stem[_stem(name)] = name
     skips += [Skip("code_without_image", codes[stem]) for stem in codes if stem not in by_stem]
     kept = _without_case_collisions(by_stem, skips)
-    pairs = [RawPair(name, codes[_stem(name)]) for name in kept]
+    pairs = []
+    for name in kept:
+        code = codes[_stem(name)]
+        pairs.append(RawPair(name, code, sizes[name], sizes[code]))
     num_other = len(files) - len(images) - len(code_names)
     return Listing("pairs", code_suffix, tuple(pairs), tuple(skips), num_other)
 
 
-def read_file(root: Path, name: str) -> bytes:
-    """The bytes of a listed file. Raises OSError, also when it has become a link or a pipe."""
+def read_file(
+    root: str, name: str, num_bytes: int | None = None, max_bytes: int | None = None
+) -> bytes:
+    """The bytes of a listed file of the folder `root`, on disk or on a store.
+
+    Raises `TooLargeError`, having read nothing, when there are more than `max_bytes`; another
+    OSError when it cannot be read, also when it is gone or has become a link or a pipe; and
+    `UserError` when the store does not answer. `num_bytes` is what a store's listing said: it saves
+    a question, and need not be true any more.
+    """
+    if storage.is_remote(root):
+        url = storage.join(root, name)
+        try:
+            if num_bytes is None:
+                num_bytes = storage.size_bytes(url)
+            _check_size(name, num_bytes, max_bytes)
+            return storage.read_bytes(url, num_bytes)
+        except MissingError as error:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(root / name, flags)
+    descriptor = os.open(storage.local_path(root) / name, flags)
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{name}: not a regular file")
+        _check_size(name, status.st_size, max_bytes)
         return file.read()
+
+
+def _check_size(name: str, num_bytes: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and num_bytes > max_bytes:
+        raise TooLargeError(f"{name}: {num_bytes} bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRead:
+    """A file to be read. `num_bytes` and `max_bytes` are those of `read_file`."""
+
+    name: str
+    num_bytes: int | None = None
+    max_bytes: int | None = None
+
+
+Reader = Callable[[FileRead], bytes]
+
+
+@contextlib.contextmanager
+def reading(root: str, files: Iterable[FileRead]) -> Iterator[Reader]:
+    """Yields `read_file` for these files, each of which is asked for once, in this order.
+
+    A file may be left out. From a store they are read ahead, several at a time.
+    """
+    if not storage.is_remote(root):
+        yield partial(_read, root)
+        return
+    waiting = iter(files)
+    ahead: collections.deque[tuple[FileRead, Future[bytes]]] = collections.deque()
+    pool = ThreadPoolExecutor(NUM_READ_AHEAD, "read-ahead")
+
+    def held_bytes(file: FileRead, read: Future[bytes]) -> int:
+        if not read.done():
+            return file.num_bytes or 0
+        return 0 if read.exception() else len(read.result())
+
+    def look_ahead() -> None:
+        left_bytes = READ_AHEAD_BYTES - sum(held_bytes(*one) for one in ahead)
+        while not ahead or (len(ahead) < NUM_READ_AHEAD and left_bytes > 0):
+            file = next(waiting, None)
+            if file is None:
+                return
+            left_bytes -= file.num_bytes or 0
+            ahead.append((file, pool.submit(_read, root, file)))
+
+    def read_next(wanted: FileRead) -> bytes:
+        while True:
+            look_ahead()
+            file, read = ahead.popleft()
+            if file == wanted:
+                return read.result()
+
+    try:
+        yield read_next
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read(root: str, file: FileRead) -> bytes:
+    return read_file(root, file.name, file.num_bytes, file.max_bytes)
+
+
+def _list_local(root: str) -> tuple[dict[str, int | None], list[Skip]]:
+    """The names of all files, with no sizes, and what is no file."""
+    folder = storage.local_path(root)
+    if not folder.is_dir():
+        raise UserError(f"{root}: {'not a folder' if folder.exists() else 'no such folder'}")
+    try:
+        entries = sorted(_walk(folder), key=lambda entry: os.fsencode(entry[0]))
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+    files: dict[str, int | None] = {name: None for name, is_file in entries if is_file}
+    return files, [Skip("not_a_file", name) for name, is_file in entries if not is_file]
+
+
+def _list_store(root: str) -> tuple[dict[str, int | None], list[Skip]]:
+    """The sizes of all objects, and those whose names a URL cannot hold."""
+    sizes = storage.list_files(root)
+    if not sizes:
+        raise UserError(f"{root}: {'not a folder' if storage.exists(root) else 'no such folder'}")
+    files: dict[str, int | None] = {}
+    skips = []
+    for name, num_bytes in sizes.items():
+        parts = name.split("/")
+        if "" in parts or "?" in name or "#" in name:
+            skips.append(Skip("unsupported_name", name))
+        elif not any(part.startswith(".") for part in parts):
+            files[name] = num_bytes
+    return files, skips
 
 
 def _walk(root: Path) -> Iterator[tuple[str, bool]]:
@@ -134,7 +258,7 @@ def _walk(root: Path) -> Iterator[tuple[str, bool]]:
                     yield name, entry.is_file(follow_symlinks=False)
 
 
-def _find_code_suffix(root: Path, files: list[str], image_stems: set[str]) -> str | None:
+def _find_code_suffix(root: str, files: list[str], image_stems: set[str]) -> str | None:
     # A .gui file is always code; another text may be a README, unless an image shares its name.
     found = {_suffix(name) for name in files if _stem(name) in image_stems}
     candidates = [suffix for suffix in CODE_SUFFIXES if suffix in found]

@@ -9,13 +9,17 @@ kill at any moment leaves the old file, the new one, or none. What the files mea
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
+import stat
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from shards import remote
 from shards.errors import MissingError as MissingError
@@ -27,6 +31,12 @@ from shards.format import MANIFEST_NAME, FormatError, Manifest
 
 SCRATCH_NAME = ".pixloom-tmp"
 """The folder, under a dataset's root, in which files are built; also the suffix of temp files."""
+
+NUM_REQUESTS = 16
+"""At a time, to a store: each takes long, and costs it little."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def is_remote(url: str) -> bool:
@@ -63,6 +73,20 @@ def join(root: str, name: str) -> str:
     return f"{root if root.endswith('/') else (root or '.') + '/'}{name}"
 
 
+def absolute(url: str) -> str:
+    """`url`, which holds for a process in another working folder too."""
+    return url if is_remote(url) else str(local_path(url).absolute())
+
+
+def is_inside(url: str, folder: str) -> bool:
+    """Whether `url` is `folder` or lies in it. Raises `UserError` for a protocol not supported."""
+    if is_remote(url) and is_remote(folder):
+        return remote.is_inside(url, folder)
+    if is_remote(url) or is_remote(folder):
+        return False
+    return local_path(url).resolve().is_relative_to(local_path(folder).resolve())
+
+
 def exists(url: str) -> bool:
     """Whether there is such a file or folder. Raises `UserError` when the storage does not say."""
     if is_remote(url):
@@ -78,10 +102,13 @@ def size_bytes(url: str) -> int:
         return local_path(url).stat().st_size
 
 
-def read_bytes(url: str) -> bytes:
-    """The whole object. Raises `UserError` naming it when it is missing or cannot be read."""
+def read_bytes(url: str, num_bytes: int | None = None) -> bytes:
+    """The whole object. Raises `UserError` naming it when it is missing or cannot be read.
+
+    `num_bytes` is its size where a listing told it: it saves a store one question.
+    """
     if is_remote(url):
-        return remote.read_bytes(url)
+        return remote.read_bytes(url, num_bytes)
     with explained(url):
         return local_path(url).read_bytes()
 
@@ -197,8 +224,17 @@ def publish(scratch: Path, destination: str) -> None:
         sync(target.parent)
 
 
-def publish_text(text: str, destination: str) -> None:
-    """Writes `text` as UTF-8 to `destination`, where it appears complete or not at all."""
+def publish_text(text: str, destination: str, scratch: Path | None = None) -> None:
+    """Writes `text` as UTF-8 to `destination`, where it appears complete or not at all.
+
+    In `scratch`, a folder that is cleaned after a kill, it is built where that is given.
+    """
+    if scratch is not None:
+        temporary = scratch / f"text-{os.getpid()}-{threading.get_ident()}"
+        with explained(str(temporary)):
+            temporary.write_bytes(text.encode())
+        publish(temporary, destination)
+        return
     if is_remote(destination):
         with tempfile.TemporaryDirectory(prefix="pixloom-") as folder:
             scratch = Path(folder, "text")
@@ -234,42 +270,94 @@ def remove_tree(url: str) -> None:
         shutil.rmtree(local_path(url))
 
 
-def abort_uploads(url: str) -> int:
+def abort_uploads(url: str, is_ours: Callable[[str], bool] = lambda name: True) -> int:
     """Ends uploads that killed writers left unfinished below `url`; returns how many.
 
-    Only S3 keeps such uploads (and asks money for them). The caller must be the only writer below
-    `url`. Nothing is done for a whole bucket, to which others may be writing.
+    Only S3 keeps such uploads (and asks money for them). The caller must be the only writer of
+    what `is_ours` says of a name below `url`. Nothing is done for a whole bucket, to which others
+    may be writing.
     """
-    return remote.abort_uploads(url) if is_remote(url) else 0
+    return remote.abort_uploads(url, is_ours) if is_remote(url) else 0
+
+
+def each(root: str, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """`function` of each of `items`, in their order; where `root` is a store, several at a time."""
+    if not is_remote(root):
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        return list(pool.map(function, items))
+
+
+@contextlib.contextmanager
+def locked(root: str) -> Iterator[Path]:
+    """Holds `root` for one writer, and yields the folder that is locked: `root` itself.
+
+    The lock is the kernel's: it ends with the process, whatever ends that. No lock guards a
+    store; for one, a folder of its own in this machine's temporary one keeps out those who write
+    there from here. Raises `UserError` when another writer holds it.
+    """
+    path = _private_folder(root) if is_remote(root) else local_path(root)
+    lock = None
+    while lock is None:
+        with explained(str(path)):
+            path.mkdir(0o700 if is_remote(root) else 0o777, parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # removed by its last holder
+                lock = _try_lock(path, root)
+    try:
+        yield path
+    finally:
+        if is_remote(root):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        os.close(lock)
+
+
+def _private_folder(root: str) -> Path:
+    """This user's folder on this machine for what is to go to the store `root`."""
+    name = hashlib.sha256(root.rstrip("/").encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir(), f"pixloom-{os.getuid()}-{name}")
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise UserError(
+                f"{path}: is another user's, or no folder; set TMPDIR to a place of yours"
+            )
+    return path
+
+
+def _try_lock(path: Path, root: str) -> int | None:
+    """The descriptor that holds the folder; None where another folder has taken its place."""
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), path.stat()):
+            return lock
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UserError(f"{root}: another pixloom is writing there; wait for it") from error
+    except BaseException:
+        os.close(lock)
+        raise
+    os.close(lock)
+    return None
 
 
 @contextlib.contextmanager
 def exclusive(root: str) -> Iterator[Path]:
-    """Holds `root` for one writer and yields an empty scratch folder, on the same file system.
+    """Holds `root` for one writer, as `locked` does, and yields an empty scratch folder.
 
-    What an earlier, killed writer left unfinished is removed. The lock is the kernel's, on the
-    folder itself: it ends with the process, whatever ends that. Raises `UserError` when another
-    writer holds it.
+    For a local root it is on the same file system. What an earlier, killed writer left unfinished
+    on this machine is removed. Raises `UserError` when another writer holds the root.
     """
-    path = local_path(root)
-    with explained(root):
-        path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{root}: another pixloom is writing there; wait for it") from error
-        with explained(root):
+    with locked(root) as path:
+        with explained(str(path)):
             _remove_leftovers(path)
-            scratch = path / SCRATCH_NAME
+            scratch = path.absolute() / SCRATCH_NAME
             scratch.mkdir()
         try:
             yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def _remove_leftovers(root: Path) -> None:

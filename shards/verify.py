@@ -8,12 +8,14 @@ import argparse
 import hashlib
 import io
 import json
+import re
 import sys
 import tarfile
 import time
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
@@ -37,10 +39,11 @@ from shards.format import (
     ShardEntry,
     TokenizerEntry,
     image_extension,
+    is_file_name,
     parse_index,
 )
 from shards.plan import Plan, causes
-from shards.storage import UserError, command, join
+from shards.storage import SCRATCH_NAME, StorageError, UserError, command, join
 
 MAX_PROBLEMS_PER_SHARD = 20
 
@@ -245,6 +248,84 @@ def check_dataset(root: str, deep: bool, workers: int) -> tuple[Manifest, list[s
     return manifest, problems
 
 
+def find_garbage(root: str) -> list[str]:
+    """Names of files below `root` that a killed writer left and that nothing needs.
+
+    Those are temporary files; and tars and indexes without a receipt, if `pack` made them, the
+    manifest does not list them, and no plan of that manifest will make them good. Nothing else:
+    what is not surely ours is not garbage. Empty where there is no dataset that can be read.
+    """
+    files = storage.list_files(root)
+    manifest, planned, is_adopted = None, None, False
+    with suppress(FormatError):
+        if MANIFEST_NAME in files:
+            manifest = storage.load_manifest(root)
+            is_adopted = bool(manifest.selection)
+    with suppress(FormatError):
+        if PLAN_NAME in files:
+            text = storage.read_text(join(root, PLAN_NAME))
+            is_adopted |= foreign.is_adoption(text)
+            planned = {shard.name for shard in Plan.from_json(text, PLAN_NAME).shards}
+    if is_adopted:  # Its tars are another tool's.
+        return [name for name in files if _is_temporary(name)]
+    if manifest is None and (planned is None or MANIFEST_NAME in files):
+        return []
+    wanted = set()
+    if manifest is not None:
+        listed = {entry.name for entries in manifest.splits.values() for entry in entries}
+        wanted = listed | (planned or set())
+    suspects = [
+        name
+        for name in files
+        if name.endswith((".tar", ".idx"))
+        and is_file_name(name)
+        and f"{name[:-4]}.json" not in files
+        and f"{name[:-4]}.tar" not in wanted
+    ]
+    ours = storage.each(root, lambda name: _is_packed(root, name, files[name]), suspects)
+    packed = {name for name, is_ours in zip(suspects, ours, strict=True) if is_ours}
+    return [name for name in files if _is_temporary(name) or name in packed]
+
+
+def collect_garbage(root: str) -> tuple[list[str], int]:
+    """Removes what `find_garbage` finds, and uploads to `root` that were never finished.
+
+    Returns the names of the files and the number of uploads. Raises `UserError` when another
+    pixloom writes there: from this machine, if `root` is a store, for none other is known.
+    """
+    if not storage.exists(join(root, MANIFEST_NAME)) and not storage.exists(join(root, PLAN_NAME)):
+        storage.load_manifest(root)  # Says what is missing.
+    with storage.locked(root):
+        garbage = find_garbage(root)
+        storage.each(root, lambda name: storage.remove(join(root, name)), garbage)
+        if any(name.startswith(f"{SCRATCH_NAME}/") for name in garbage):
+            storage.remove_tree(join(root, SCRATCH_NAME))
+        return garbage, storage.abort_uploads(root, is_file_name)
+
+
+def _is_temporary(name: str) -> bool:
+    folder, _, last = name.rpartition("/")
+    is_ours = last.startswith(".") and last.endswith(SCRATCH_NAME) and last != SCRATCH_NAME
+    return is_ours or f"{folder}/".startswith(f"{SCRATCH_NAME}/")
+
+
+def _is_packed(root: str, name: str, num_bytes: int) -> bool:
+    """Whether a tar or an index begins as those that `pack` writes."""
+    split, _, last = name.partition("/")
+    key = re.compile(rf"{re.escape(split)}-[0-9]{{9}}\.[a-z.]+")
+    try:
+        head = storage.read_range(join(root, name), 0, TAR_BLOCK_BYTES)
+        if last.endswith(".idx"):
+            words = head.decode("ascii").split(maxsplit=6)
+            return words[:1] == ["v1.2"] and (words[1:] == ["0"] or bool(key.fullmatch(words[5])))
+        if not any(head):
+            return num_bytes == 2 * TAR_BLOCK_BYTES
+        info = tarfile.TarInfo.frombuf(head, "ascii", "strict")
+    except (ValueError, IndexError, tarfile.HeaderError):
+        return False
+    return key.fullmatch(info.name) is not None and info.mtime == 0
+
+
 def _check_receipt(task: ShardCheck, problems: list[str]) -> Receipt | None:
     url = join(task.root, task.entry.receipt_name)
     try:
@@ -287,14 +368,19 @@ def _check_totals(
     skips = Counter(planned_skips)
     longest = 0
     damaged = False
-    for shard_name in names:
+
+    def read(shard_name: str) -> Receipt | UserError | FormatError:
         name = shard_name.removesuffix(".tar") + ".json"
         try:
-            receipt = Receipt.from_json(storage.read_text(join(root, name)), name)
+            return Receipt.from_json(storage.read_text(join(root, name)), name)
         except (UserError, FormatError) as error:
+            return error
+
+    for shard_name, receipt in zip(names, storage.each(root, read, names), strict=True):
+        if not isinstance(receipt, Receipt):
             damaged = True
             if shard_name not in listed:  # Others are named where their shard is checked.
-                problems.append(str(error))
+                problems.append(str(receipt))
             continue
         skips.update(receipt.skips)
         longest = max(longest, *receipt.num_tokens, 0)
@@ -421,17 +507,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         "and receipts. Exit status 1 when there is damage; `pixloom pack` again repairs it, and "
         "`pixloom index` all but the shards of an adopted dataset.",
     )
-    parser.add_argument("url", metavar="URL", help="folder of the packed dataset")
+    parser.add_argument(
+        "url", metavar="URL", help="folder of the packed dataset, local or on a store"
+    )
     parser.add_argument("--deep", action="store_true", help="decode every sample too")
+    parser.add_argument(
+        "--collect-garbage",
+        action="store_true",
+        help="first remove what a killed pack left there and nothing needs: temporary files, tars "
+        "and indexes of pixloom without a receipt that no manifest lists, and unfinished uploads; "
+        "not while a pack writes there, which for a store is known of this machine alone",
+    )
     engines.add_workers_option(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON object as the last line")
     args = parser.parse_args(argv)
 
     def action() -> int:
         start = time.monotonic()
-        manifest, problems = check_dataset(args.url, args.deep, args.workers)
-        samples = {split: manifest.num_samples(split) for split in manifest.splits}
         out = sys.stderr if args.json else sys.stdout
+        removed: list[str] = []
+        num_uploads = 0
+        if args.collect_garbage:
+            removed, num_uploads = collect_garbage(args.url)
+            for name in removed:
+                print(f"removed {name!r}", file=out)
+            if num_uploads:
+                print(f"ended {num_uploads} unfinished uploads", file=out)
+        manifest, problems = check_dataset(args.url, args.deep, args.workers)
+        garbage: list[str] = []
+        with suppress(StorageError):  # Who reads a dataset need not be allowed to list it.
+            garbage = find_garbage(args.url)
+        if garbage:
+            print(
+                f"{len(garbage)} files that nothing needs, as {garbage[0]!r}; "
+                "--collect-garbage removes them",
+                file=sys.stderr,
+            )
+        samples = {split: manifest.num_samples(split) for split in manifest.splits}
         for problem in problems:
             print(problem, file=out)
         if args.json:
@@ -442,6 +554,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "samples": samples,
                 "shards": sum(len(shards) for shards in manifest.splits.values()),
                 "problems": problems,
+                "garbage": garbage,
+                "removed": removed,
+                "ended_uploads": num_uploads,
                 "data_digest": manifest.data_digest,
                 "duration_s": round(time.monotonic() - start, 3),
             }

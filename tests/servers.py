@@ -247,6 +247,25 @@ def s3_client(server: Server):  # type: ignore[no-untyped-def]
     )
 
 
+def uploads(server: Server, prefix: str = "") -> list[str]:
+    """The keys of unfinished uploads, asked beside the code under test."""
+    client = s3_client(server)
+    try:
+        found = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
+    finally:
+        client.close()
+    return sorted(upload["Key"] for upload in found if upload["Key"].startswith(prefix))
+
+
+def begin_uploads(server: Server, keys: list[str]) -> None:
+    client = s3_client(server)
+    try:
+        for key in keys:
+            client.create_multipart_upload(Bucket=BUCKET, Key=key)
+    finally:
+        client.close()
+
+
 @functools.cache
 def _botocore_session():  # type: ignore[no-untyped-def]
     """It reads the description of S3, which takes longer than most requests."""

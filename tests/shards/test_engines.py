@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,3 +133,16 @@ def _wait_until(condition, limit_s: float = 60.0) -> None:  # type: ignore[no-un
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.01)
+
+
+def test_a_line_says_how_far_how_fast_and_what_was_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engines, "PLAIN_PROGRESS_EVERY_S", 0.0)
+    results = iter([1, 0, 2])
+    shown = engines.progress(results, 3, "packed", lambda n: n, lambda n: (10**6 * n, n == 2))
+    assert list(shown) == [1, 0, 2]
+    lines = capsys.readouterr().err.splitlines()
+    speed = r"\d+ a second, \d+\.\d MB/s"
+    assert re.fullmatch(rf"packed: 1 of 3, {speed}, \d+ s left", lines[0])
+    assert re.fullmatch(rf"packed: 3 of 3, {speed}, 1 skipped, 0 s left", lines[2])

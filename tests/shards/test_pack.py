@@ -184,6 +184,31 @@ def test_a_second_call_finds_nothing_to_do(
     assert first["samples"] == {"train": 8, "val": 1, "test": 1}
 
 
+def test_a_dry_run_says_what_a_pack_does_and_writes_nothing(
+    make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = make_pairs(10), tmp_path / "out"
+    (raw / "copy.png").write_bytes((raw / "a" / "0001.png").read_bytes())
+    (raw / "copy.gui").write_text("another program")
+    (raw / "zero.png").touch()
+    assert run(raw, out, "--shard-samples", 4, "--dry-run", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert not out.exists()
+    assert run(raw, out, "--shard-samples", 4, "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("; nothing was written")
+    assert "duplicates: 1 samples beyond one a group" in lines
+    assert run(raw, out, "--shard-samples", 4, "--json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert planned["dry_run"]
+    same = ("kind", "samples", "groups", "duplicates", "shards", "skips", "image", "plan_hash")
+    assert [planned[name] for name in same] == [done[name] for name in same]
+    assert 0.5 < planned["estimated_bytes"] / done["bytes"] < 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    assert run(raw, tmp_path / "mine", "--dry-run") == 2
+
+
 def test_a_damaged_dataset_is_repaired(
     make_pairs: MakePairs, tmp_path: Path, hash_tree: HashTree
 ) -> None:
@@ -305,7 +330,7 @@ def test_what_is_not_a_pack_is_not_touched(
         ((raw, planned, "--overwrite"), "not empty"),
         ((raw, other / "thesis.txt"), "not a folder"),
         ((raw, raw / "out"), "OUT lies in SOURCE"),
-        ((raw, "s3://bucket/out"), "supported so far"),
+        ((raw, "ftp://host/out"), "supported so far"),
         ((empty, tmp_path / "out"), "no images"),
         ((tmp_path / "missing", tmp_path / "out"), "no such folder"),
         ((raw, tmp_path / "out", "--split", "train=rest,test=10"), "'train'"),
@@ -476,19 +501,28 @@ def test_the_order_in_which_a_folder_is_listed_changes_nothing(
     scandir, listdir = os.scandir, os.listdir
     rng = random.Random(3)
 
-    @contextlib.contextmanager
-    def shuffled_scandir(path: Any) -> Iterator[Iterator[Any]]:
-        with scandir(path) as entries:
-            found = sorted(entries, key=lambda entry: str(entry.name))
-        rng.shuffle(found)
-        yield iter(found)
+    class Shuffled:
+        def __init__(self, path: Any) -> None:
+            with scandir(path) as entries:
+                found = sorted(entries, key=lambda entry: str(entry.name))
+            rng.shuffle(found)
+            self._found = iter(found)
+
+        def __enter__(self) -> Iterator[Any]:
+            return self._found
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def __next__(self) -> Any:
+            return next(self._found)
 
     def shuffled_listdir(path: Any) -> list[str]:
         return rng.sample(found := listdir(path), len(found))
 
     for number in range(3):
         with monkeypatch.context() as patch:
-            patch.setattr(os, "scandir", shuffled_scandir)
+            patch.setattr(os, "scandir", Shuffled)
             patch.setattr(os, "listdir", shuffled_listdir)
             assert run(raw, tmp_path / str(number), "--shard-samples", 4) == 0
         assert hash_tree(tmp_path / str(number)) == hash_tree(tmp_path / "sorted")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import BUCKET, FaultyProxy, Server, s3_client
+from servers import FaultyProxy, Server, begin_uploads, uploads
 
 from shards import remote, storage
 from shards.storage import UserError
@@ -57,25 +57,6 @@ def publish(data: bytes, url: str, folder: Path) -> None:
     scratch.write_bytes(data)
     storage.publish(scratch, url)
     assert not scratch.exists()
-
-
-def uploads(server: Server, prefix: str = "") -> list[str]:
-    """The keys of unfinished uploads, asked beside the code under test."""
-    client = s3_client(server)
-    try:
-        found = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
-    finally:
-        client.close()
-    return sorted(upload["Key"] for upload in found if upload["Key"].startswith(prefix))
-
-
-def begin_uploads(server: Server, keys: list[str]) -> None:
-    client = s3_client(server)
-    try:
-        for key in keys:
-            client.create_multipart_upload(Bucket=BUCKET, Key=key)
-    finally:
-        client.close()
 
 
 PROGRAM = f"""
