@@ -106,7 +106,7 @@ class Trained:
         assert self.tokenizer is not None
         with self._autocast():
             ids = greedy(self.model, self._floats(pixels), self.model.config.max_tokens)
-        return [self.tokenizer.decode(row, skip_special_tokens=False) for row in ids]
+        return [tokens.decode(self.tokenizer, row) for row in ids]
 
     @torch.inference_mode()
     def reconstructions(
@@ -246,7 +246,8 @@ def _predict(arguments: argparse.Namespace) -> int:
                 print(f"{_shown(prediction.source.path)}\t{prediction.mse:.6g}")
             elif prediction.code is not None and not outputs:
                 line = " ".join(prediction.code.split())
-                print(prediction.code if alone else f"{_shown(prediction.source.path)}\t{line}")
+                shown = f"{_shown(prediction.source.path)}\t{line}"
+                print(_ended(prediction.code if alone else shown), end="")
     num_done = sum(prediction.refused is None for prediction in done)
     if outputs:
         print(f"{num_done} of {len(done)} images: {arguments.out}", file=sys.stderr)
@@ -283,11 +284,16 @@ def _write(prediction: Prediction, path: Path) -> Prediction:
     with storage.explained(_shown(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         if prediction.code is not None:
-            path.write_text(prediction.code + "\n", encoding="utf-8")
+            path.write_bytes(_ended(prediction.code).encode())
         elif prediction.pixels is not None:
             pixels = prediction.pixels
             Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(path, "PNG")
     return Prediction(prediction.source, code=prediction.code, mse=prediction.mse)
+
+
+def _ended(code: str) -> str:
+    """With a line end: characters and byte pairs may have predicted it, words never do."""
+    return code if code.endswith("\n") else code + "\n"
 
 
 def _json(

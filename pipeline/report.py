@@ -32,7 +32,8 @@ from pipeline.models import Autoencoder, Seq2Seq
 from pipeline.order import validation_batches
 from pipeline.stream import BatchPlan
 from pipeline.tasks import build_task, prepare_images, references
-from shards import storage
+from shards import storage, tokens
+from shards.format import TOKENIZER_NAME
 
 _INK, _FAINT, _GOOD, _WRONG = "#24292f", "#8b949e", "#1a7f37", "#cf222e"
 _SAMPLES = 6
@@ -59,9 +60,8 @@ def draw(run: Path, split: str, which: str, out: Path) -> None:
     with torch.inference_mode():
         if isinstance(model, Seq2Seq):
             codes = greedy(model, images, config.model.max_tokens)  # type: ignore[union-attr]
-            tokenizer = Tokenizer.from_str(
-                storage.read_text(storage.join(data.roots[0], "tokenizer.json"))
-            )
+            url = storage.join(data.roots[0], TOKENIZER_NAME)
+            tokenizer = tokens.load_tokenizer(storage.read_text(url), url)
             _draw_codes(lower, batch, codes, tokenizer)
         else:
             assert isinstance(model, Autoencoder)
@@ -121,7 +121,8 @@ def _draw_codes(
         text.axis("off")
         text.set_xlim(0, 1)
         text.set_ylim(-_TEXT_LINES, 0)
-        lines = _lines([str(tokenizer.id_to_token(token)) for token in guess])
+        texts = [tokens.decode(tokenizer, [token]) for token in guess]
+        lines = _text_lines(texts) if tokens.keeps_white_space(tokenizer) else _lines(texts)
         matcher = difflib.SequenceMatcher(a=truth, b=list(guess), autojunk=False)
         wrong = {
             place
@@ -133,15 +134,15 @@ def _draw_codes(
             for x, place, token in line:
                 text.text(
                     x, -row - 0.5, token, fontsize=6, family="monospace", va="center",
-                    color=_WRONG if place in wrong else _INK,
+                    color=_WRONG if place in wrong else _INK, parse_math=False,
                 )  # fmt: skip
 
 
-def _lines(tokens: Sequence[str], width: int = 41) -> list[list[tuple[float, int, str]]]:
+def _lines(texts: Sequence[str], width: int = 41) -> list[list[tuple[float, int, str]]]:
     """Tokens laid out in lines, as (x in [0, 1], place, token); braces set the indentation."""
     lines: list[list[tuple[float, int, str]]] = [[]]
     depth, column = 0, 0.0
-    for place, token in enumerate(tokens):
+    for place, token in enumerate(texts):
         closing = token == "}"
         depth = max(0, depth - closing)
         full = column + len(token) > width and token != ","
@@ -154,6 +155,22 @@ def _lines(tokens: Sequence[str], width: int = 41) -> list[list[tuple[float, int
         lines[-1].append((column / width, place, token))
         column += len(token)
         depth += token == "{"
+    return [line for line in lines if line]
+
+
+def _text_lines(texts: Sequence[str], width: int = 41) -> list[list[tuple[float, int, str]]]:
+    """The same for tokens that have their white space in them; a token may run over lines."""
+    lines: list[list[tuple[float, int, str]]] = [[]]
+    column = 0
+    for place, token in enumerate(texts):
+        for number, piece in enumerate(token.expandtabs(2).split("\n")):
+            if number or column + len(piece) > width:
+                lines.append([])
+                column = 0
+            if piece.strip():
+                shown = "".join(one if one.isprintable() else " " for one in piece)
+                lines[-1].append((column / width, place, shown))
+            column += len(piece)
     return [line for line in lines if line]
 
 

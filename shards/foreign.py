@@ -35,12 +35,12 @@ from shards.format import (
 )
 from shards.plan import MAX_CODE_BYTES, read_code
 from shards.sources import Skip
+from shards.tokens import CHAR, WORD
 
 ADOPTION_FORMAT = "pixloom adoption"
 ADOPTION_VERSION = 1
 
 CODE_EXTENSIONS = ("gui", "html", "tex", "txt")
-WORD, CHAR = "word", "char"
 
 MAX_HEADER_BYTES = 1 << 20
 """Of a long name or a pax header."""

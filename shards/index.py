@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shards import engines, foreign, images, plan, storage, tokens
-from shards.foreign import CHAR, CODE_EXTENSIONS, WORD, Adoption
+from shards.foreign import CODE_EXTENSIONS, Adoption
 from shards.format import (
     IMAGE_EXTENSIONS,
     MANIFEST_NAME,
@@ -41,6 +41,7 @@ from shards.format import (
 from shards.pack import TooManyBadError, describe_skips
 from shards.sources import Skip
 from shards.storage import UserError, command, join
+from shards.tokens import CHAR, WORD
 
 SPLIT_WORDS = {
     "train": "train",

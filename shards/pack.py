@@ -35,6 +35,7 @@ from shards.format import (
     TOKENS_EXTENSION,
     FormatError,
     ImagePolicy,
+    Kind,
     Manifest,
     Member,
     Receipt,
@@ -49,6 +50,7 @@ from shards.sources import FileRead, Listing, Reader, Skip
 from shards.storage import SCRATCH_NAME, StorageError, UserError, command, join
 
 SHOWN_NAMES = 3
+DEFAULT_BPE_SIZE = 4096
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,8 @@ def draft(
     _check_max_bad(Counter(plan.causes(skips)), skips, max_bad)
     dealt = plan.deal(records, plan.parse_split(options.split), options.seed)
     if options.kind == "pairs" and tokenizer_json is None:
-        training = [one.pair.code for group in dealt["train"] for one in group]
-        counts = plan.count_words(source, [name for name in training if name], workers)
-        tokenizer_json = tokens.train_word_tokenizer(counts, options.min_frequency)
+        training = [one for group in dealt["train"] for one in group]
+        tokenizer_json = plan.train_tokenizer(source, training, options, workers)
     sha256 = None
     if tokenizer_json is not None:
         sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()
@@ -583,17 +584,24 @@ def _parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add(
         "--tokenizer",
-        default="word",
-        metavar="word|FILE",
-        help="word: train a vocabulary of words on the split named train (default); FILE: use "
-        "this tokenizer.json, as for another test set",
+        metavar="word|char|bpe|FILE",
+        help="train a vocabulary on the split named train, of word: words, without the white "
+        "space (default); char: characters; bpe: byte pairs, which take any text. FILE: use this "
+        "tokenizer.json, as for another test set",
     )
     add(
         "--min-frequency",
         type=_count,
-        default=1,
         metavar="N",
-        help="rarer words become <unk> (default: 1)",
+        help="rarer words or characters become <unk> (default: 1); rarer byte pairs stay two "
+        "tokens (default: 2)",
+    )
+    add(
+        "--vocab-size",
+        type=_count,
+        metavar="N",
+        help="most tokens of the vocabulary, <pad> <bos> <eos> <unk> counted: the most frequent "
+        f"ones are kept (default: no limit; bpe: {DEFAULT_BPE_SIZE})",
     )
     add(
         "--max-tokens",
@@ -696,20 +704,15 @@ def _prepare(args: argparse.Namespace) -> tuple[Listing, Options, str | None]:
     spec = plan.parse_split(args.split)
     kind = None if args.kind == "auto" else args.kind
     listing = sources.list_folder(args.source, kind, args.code_suffix)
-    tokenizer, tokenizer_json = None, None
-    if listing.kind == "pairs":
-        tokenizer = "word"
-    if args.tokenizer != "word":
-        if listing.kind == "images":
-            raise UserError(f"--tokenizer {args.tokenizer}: there is no code in {args.source}")
-        tokenizer_json = storage.read_text(args.tokenizer)
-        tokens.load_tokenizer(tokenizer_json, args.tokenizer)
-        tokenizer = hashlib.sha256(tokenizer_json.encode()).hexdigest()
-    elif listing.kind == "pairs" and "train" not in spec:
+    tokenizer, tokenizer_json = _choose_tokenizer(args, listing.kind)
+    if listing.kind == "pairs" and tokenizer_json is None and "train" not in spec:
         raise UserError(
             f"--split {args.split}: the vocabulary is trained on the split named train; add it, or "
             "give --tokenizer FILE"
         )
+    min_frequency, vocab_size = args.min_frequency, args.vocab_size
+    if tokenizer == tokens.BPE:
+        min_frequency, vocab_size = min_frequency or 2, vocab_size or DEFAULT_BPE_SIZE
     options = Options(
         kind=listing.kind,
         code_suffix=listing.code_suffix,
@@ -717,7 +720,8 @@ def _prepare(args: argparse.Namespace) -> tuple[Listing, Options, str | None]:
         split=args.split.replace(" ", ""),
         seed=args.seed,
         tokenizer=tokenizer,
-        min_frequency=args.min_frequency,
+        min_frequency=min_frequency or 1,
+        vocab_size=vocab_size,
         max_tokens=args.max_tokens,
         shard_samples=args.shard_samples,
         shard_bytes=args.shard_bytes,
@@ -729,6 +733,37 @@ def _say_skips(counts: Mapping[str, int], skips: Sequence[Skip]) -> None:
     if counts:
         total = sum(counts.values())
         print(f"skipped {total}: {describe_skips(counts, skips)}", file=sys.stderr)
+
+
+def _choose_tokenizer(args: argparse.Namespace, kind: Kind) -> tuple[str | None, str | None]:
+    """What `Options.tokenizer` is, and the text of a given file. Raises `UserError`."""
+    sized = [
+        f"{name} {value}"
+        for name, value in (
+            ("--min-frequency", args.min_frequency),
+            ("--vocab-size", args.vocab_size),
+        )
+        if value is not None
+    ]
+    if kind == "images":
+        given = [f"--tokenizer {args.tokenizer}"] if args.tokenizer is not None else sized
+        if given:
+            raise UserError(f"{given[0]}: there is no code in {args.source}; drop it")
+        return None, None
+    tokenizer = args.tokenizer or tokens.WORD
+    if tokenizer not in (tokens.WORD, tokens.CHAR, tokens.BPE):
+        if sized:
+            raise UserError(f"{sized[0]}: the vocabulary of {tokenizer} is as it is; drop one")
+        tokenizer_json = storage.read_text(tokenizer)
+        tokens.load_tokenizer(tokenizer_json, tokenizer)
+        return hashlib.sha256(tokenizer_json.encode()).hexdigest(), tokenizer_json
+    least = tokens.min_vocab_size(tokenizer)
+    if args.vocab_size is not None and args.vocab_size < least:
+        raise UserError(
+            f"--vocab-size {args.vocab_size}: --tokenizer {tokenizer} has {least} tokens at least, "
+            "special tokens counted"
+        )
+    return tokenizer, None
 
 
 def _report(out: str, packed: Packed, duration_s: float) -> dict[str, object]:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
@@ -24,7 +25,7 @@ from shards.format import TAR_BLOCK_BYTES, FormatError, ImagePolicy, Kind
 from shards.sources import FileRead, Listing, RawPair, Reader, Skip, TooLargeError
 from shards.storage import UserError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 PLAN_FORMAT = "pixloom plan"
 MAX_CODE_BYTES = 16 * 2**20
 CHUNK = 64
@@ -43,8 +44,9 @@ class Options:
     split: str
     seed: int
     tokenizer: str | None
-    """`word`, or the SHA-256 of the tokenizer file given; None for images alone."""
+    """`word`, `char`, `bpe`, or the SHA-256 of the file given; None for images alone."""
     min_frequency: int
+    vocab_size: int | None
     max_tokens: int | None
     shard_samples: int
     shard_bytes: int
@@ -235,14 +237,22 @@ def scan(root: str, listing: Listing, workers: int) -> tuple[list[Record], list[
     return records, [one for one in found if isinstance(one, Skip)]
 
 
-def count_words(root: str, names: Sequence[str], workers: int) -> collections.Counter[str]:
-    """How often each word occurs in the code files `names`."""
-    chunks = [(root, names[at : at + CHUNK]) for at in range(0, len(names), CHUNK)]
-    results = engines.run(_count_words_chunk, chunks, workers, lambda task: str(task[1][0]))
-    total: collections.Counter[str] = collections.Counter()
-    for _, counts in results:
-        total.update(counts)
-    return total
+def train_tokenizer(root: str, records: Sequence[Record], options: Options, workers: int) -> str:
+    """The `tokenizer.json` that `options` ask for, trained on the code of `records`."""
+    files = [FileRead(one.pair.code) for one in records if one.pair.code is not None]
+    chunks = [(root, files[at : at + CHUNK]) for at in range(0, len(files), CHUNK)]
+    if options.tokenizer == tokens.BPE:
+        assert options.vocab_size is not None
+        with closing(engines.run(_read_codes, chunks, workers, _first_name)) as results:
+            texts = (text for _, texts in results for text in texts)
+            return tokens.train_bpe_tokenizer(texts, options.min_frequency, options.vocab_size)
+    is_char = options.tokenizer == tokens.CHAR
+    counts: collections.Counter[str] = collections.Counter()
+    count = _count_characters if is_char else _count_words
+    for _, found in engines.run(count, chunks, workers, _first_name):
+        counts.update(found)
+    train = tokens.train_char_tokenizer if is_char else tokens.train_word_tokenizer
+    return train(counts, options.min_frequency, options.vocab_size)
 
 
 def group_records(records: Sequence[Record]) -> list[list[Record]]:
@@ -428,19 +438,32 @@ def read_code(data: bytes) -> str:
     return data.decode("utf-8-sig")
 
 
-def _count_words_chunk(task: tuple[str, Sequence[str]]) -> collections.Counter[str]:
-    root, names = task
-    files = [FileRead(name) for name in names]
-    counts: collections.Counter[str] = collections.Counter()
+def _first_name(task: tuple[str, Sequence[FileRead]]) -> str:
+    return task[1][0].name
+
+
+def _count_words(task: tuple[str, Sequence[FileRead]]) -> collections.Counter[str]:
+    return collections.Counter(word for code in _codes(*task) for word in tokens.words(code))
+
+
+def _count_characters(task: tuple[str, Sequence[FileRead]]) -> collections.Counter[str]:
+    return collections.Counter(one for code in _codes(*task) for one in code)
+
+
+def _read_codes(task: tuple[str, Sequence[FileRead]]) -> list[str]:
+    return list(_codes(*task))
+
+
+def _codes(root: str, files: Sequence[FileRead]) -> Iterator[str]:
     with sources.reading(root, files) as read:
         for file in files:
+            engines.note(file.name)
             try:
-                counts.update(tokens.words(read_code(read(file))))
+                yield read_code(read(file))
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(
                     f"{file.name!r}: changed while it was packed; pack again"
                 ) from error
-    return counts
 
 
 def _draw(seed: int, purpose: str, record: Record) -> bytes:

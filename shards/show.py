@@ -24,7 +24,9 @@ from tokenizers import Tokenizer
 
 from shards import images, storage, tokens
 from shards.format import (
-    SPECIAL_TOKENS,
+    BOS,
+    EOS,
+    PAD,
     TOKENIZER_NAME,
     TOKENS_EXTENSION,
     Manifest,
@@ -168,9 +170,9 @@ def _read_statistics(root: str, manifest: Manifest, split: str) -> Statistics:
     top: list[tuple[str, int]] = []
     if tokenizer is not None:
         top = [
-            (str(tokenizer.id_to_token(one)), number)
-            for one, number in counts.most_common(20 + len(SPECIAL_TOKENS))
-            if str(tokenizer.id_to_token(one)) not in SPECIAL_TOKENS[:3]
+            (tokens.decode(tokenizer, [one]), number)
+            for one, number in counts.most_common(23)
+            if one not in (PAD, BOS, EOS)
         ]
     return Statistics(image_bytes, num_tokens, top[:20], num_counted)
 
@@ -281,7 +283,8 @@ def _draw_lengths(axes: Axes, statistics: Statistics, split: str) -> None:
 
 def _draw_tokens(axes: Axes, statistics: Statistics) -> None:
     names = [
-        ascii(name)[1:-1] if not name.isprintable() else name for name, _ in statistics.top_tokens
+        name if name.isprintable() and " " not in name else ascii(name)
+        for name, _ in statistics.top_tokens
     ]
     counts = [count for _, count in statistics.top_tokens]
     axes.bar(range(len(names)), counts, color=ORANGE, width=0.7)

@@ -1,7 +1,8 @@
 """Code to token ids and back, through one Hugging Face `tokenizers` file.
 
-The word tokenizer is trained here from word counts, so that the same counts give the same file.
-Which samples are counted, the training split's alone, is the subject of `shards.plan`.
+Three kinds are trained here: whole words, which drop white space, and characters or byte pairs,
+which give back every text as it was. The same texts, in any order, give the same file. Which they
+are, those of the training split alone, is the subject of `shards.plan`.
 """
 
 import functools
@@ -9,16 +10,21 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from shards import storage
 from shards.format import BOS, EOS, SPECIAL_TOKENS, UNK, FormatError, Manifest
 from shards.storage import UserError
+
+WORD, CHAR, BPE = "word", "char", "bpe"
+"""The tokenizers that are trained here."""
+
+NUM_BYTES = 256
 
 WORD_PATTERN = r"\\[A-Za-z]+|\w[\w-]*|[^\w\s]"
 """A TeX command, a word (`btn-green` is one), or any other visible character."""
@@ -39,35 +45,79 @@ def words(code: str) -> list[str]:
     return [word for word, _ in _SPLIT.pre_tokenize_str(code)]
 
 
-def train_word_tokenizer(counts: Mapping[str, int], min_frequency: int) -> str:
+def min_vocab_size(kind: str) -> int:
+    """The smallest vocabulary that a tokenizer of `kind` can have, special tokens counted."""
+    return len(SPECIAL_TOKENS) + (NUM_BYTES if kind == BPE else 1)
+
+
+def train_word_tokenizer(
+    counts: Mapping[str, int], min_frequency: int, vocab_size: int | None = None
+) -> str:
     """The `tokenizer.json` whose vocabulary is every word counted `min_frequency` times or more.
 
-    Ids follow the special tokens, most frequent word first, equal counts in code point order.
+    Ids follow the special tokens, most frequent word first, equal counts in code point order; with
+    `vocab_size` only as many are kept as make it, special tokens counted.
     """
-    tokenizer = _new_tokenizer(counts, min_frequency)
+    tokenizer = _new_tokenizer(counts, min_frequency, vocab_size)
     tokenizer.pre_tokenizer = _SPLIT
-    return str(tokenizer.to_str(pretty=True)) + "\n"
+    return _finish(tokenizer)
 
 
-def train_char_tokenizer(counts: Mapping[str, int]) -> str:
-    """The `tokenizer.json` whose vocabulary is every character counted; white space is kept."""
-    tokenizer = _new_tokenizer(counts, 1)
+def train_char_tokenizer(
+    counts: Mapping[str, int], min_frequency: int = 1, vocab_size: int | None = None
+) -> str:
+    """The same for characters (Unicode code points): white space is kept, and so is every text
+    of characters that are in the vocabulary."""
+    tokenizer = _new_tokenizer(counts, min_frequency, vocab_size)
     tokenizer.pre_tokenizer = _SPLIT_CHARS
     tokenizer.decoder = decoders.Fuse()
-    return str(tokenizer.to_str(pretty=True)) + "\n"
+    return _finish(tokenizer)
 
 
-def _new_tokenizer(counts: Mapping[str, int], min_frequency: int) -> Tokenizer:
+def train_bpe_tokenizer(texts: Iterable[str], min_frequency: int, vocab_size: int) -> str:
+    """The `tokenizer.json` of byte-level byte-pair encoding: every text is kept, none has <unk>.
+
+    After the special tokens come the 256 bytes, then pairs, most frequent first, until the
+    vocabulary has `vocab_size` tokens or no pair is left that occurs `min_frequency` times. The
+    order of `texts` changes nothing, nor do ties: the trainer adds up counts, and of pairs that
+    are equally frequent takes the one with the smaller ids.
+    """
+    # The texts may come from our own worker processes: they are asked for in this thread then.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer(models.BPE())
+    # Splits words from punctuation as well, so that no token is made that spells "<eos>".
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _finish(tokenizer)
+
+
+def _new_tokenizer(
+    counts: Mapping[str, int], min_frequency: int, vocab_size: int | None
+) -> Tokenizer:
     kept = [word for word, count in counts.items() if count >= min_frequency]
     kept.sort(key=lambda word: (-counts[word], word))
+    if vocab_size is not None:
+        del kept[vocab_size - len(SPECIAL_TOKENS) :]
     vocabulary = {token: at for at, token in enumerate((*SPECIAL_TOKENS, *kept))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS[UNK]))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
+
+
+def _finish(tokenizer: Tokenizer) -> str:
     bos, eos = SPECIAL_TOKENS[BOS], SPECIAL_TOKENS[EOS]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {eos}", special_tokens=[(bos, BOS), (eos, EOS)]
     )
-    return tokenizer
+    return str(tokenizer.to_str(pretty=True)) + "\n"
 
 
 def load_tokenizer(text: str, where: str) -> Tokenizer:
@@ -92,6 +142,20 @@ def load_tokenizer(text: str, where: str) -> Tokenizer:
 def encode(tokenizer: Tokenizer, code: str) -> list[int]:
     """The ids of `code` between <bos> and <eos>."""
     return [BOS, *tokenizer.encode(code, add_special_tokens=False).ids, EOS]
+
+
+def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of `ids`, which have no <bos> and <eos>; <unk> is written out.
+
+    Words come with one space between them, all else as it was encoded. Bytes that are no UTF-8,
+    as a model may predict them, become U+FFFD.
+    """
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+def keeps_white_space(tokenizer: Tokenizer) -> bool:
+    """Whether white space is in the tokens, and not merely between them."""
+    return tokenizer.decoder is not None
 
 
 @dataclass(frozen=True)

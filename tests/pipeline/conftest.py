@@ -1,5 +1,6 @@
 """Packed datasets made once a session, by the real packer."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ def train_on_cpu(folder: Path, data: Path, words: str) -> Path:
         places = ["--run.dir", str(folder), "--data.url", str(data)]
         assert train.main([*places, *words.split()]) == 0
     return folder
+
+
+@pytest.fixture
+def train_small() -> Callable[[Path, Path, str], Path]:
+    """Trains on a CPU in this process: (run folder, dataset, flags) -> run folder."""
+    return train_on_cpu
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import predict, validate
+from pipeline import predict, report, validate
 from pipeline.batch import Batch
 from pipeline.build import load_model, open_split
 from pipeline.checkpoint import choose
@@ -79,6 +80,37 @@ def test_a_run_and_its_export_say_what_validation_decodes(
         ]
         status, out, _ = call(capsys, trained, files[0])
         assert (status, out) == (0, expected[0] + "\n")
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_code_comes_out_as_it_was_packed(
+    tokenizer: str,
+    train_small: Callable[[Path, Path, str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Four programs that the first pixel tells apart, learnt by heart, white space and all."""
+    programs = ["a {\n\tb\n}\n", "a  {}\r\n", "<eos>\u00e9", "\tb\n\n"]
+    raw, data, run = tmp_path / "raw", tmp_path / "shards", tmp_path / "run"
+    raw.mkdir()
+    for number in range(16):
+        shade = 60 * (number % 4) + number // 4
+        Image.new("RGB", (16, 16), (shade, 255 - shade, shade)).save(raw / f"{number}.png")
+        (raw / f"{number}.gui").write_bytes(programs[number % 4].encode())
+    words = f"--split train=1 --workers 0 --tokenizer {tokenizer}"
+    assert pack.main([str(raw), str(data), *words.split()]) == 0
+    settings = """
+    --run.steps 150 --batch.global_size 16 --batch.micro_size 16 --optim.lr 1e-2
+    --model.channels 8,16 --model.hidden_dim 32 --model.embed_dim 16 --model.latent_dropout 0
+    """
+    train_small(run, data, settings)
+    for number, program in enumerate(programs):
+        status, out, _ = call(capsys, run, raw / f"{number}.png")
+        assert (status, out) == (0, program if program.endswith("\n") else program + "\n")
+    assert call(capsys, run, raw / "0.png", raw / "1.png", "--out", tmp_path / "out")[0] == 0
+    for number in range(2):
+        assert (tmp_path / "out" / f"{number}.txt").read_bytes() == programs[number].encode()
+    assert report.main([str(run), "--split", "train"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -337,6 +337,10 @@ def test_what_is_not_a_pack_is_not_touched(
         ((raw, tmp_path / "out", "--split", "test=1"), "--tokenizer FILE"),
         ((raw, tmp_path / "out", "--tokenizer", tmp_path / "none.json"), "none.json"),
         ((raw, tmp_path / "out", "--kind", "images", "--tokenizer", raw / "x"), "no code"),
+        ((raw, tmp_path / "out", "--kind", "images", "--vocab-size", 9), "no code"),
+        ((raw, tmp_path / "out", "--tokenizer", raw / "x", "--vocab-size", 9), "--vocab-size 9"),
+        ((raw, tmp_path / "out", "--tokenizer", "bpe", "--vocab-size", 259), "260 tokens"),
+        ((raw, tmp_path / "out", "--tokenizer", "char", "--vocab-size", 4), "5 tokens"),
         ((raw, tmp_path / "out", "--quality", 101), "--quality"),
         ((raw, tmp_path / "out", "--split", "Train=1"), "'Train'"),
         ((raw, tmp_path / "out", "--kind", "images", "--code-suffix", ".gui"), "--code-suffix"),
@@ -576,6 +580,58 @@ def test_the_vocabulary_is_that_of_the_training_split(
         assert known == key.startswith("train-")
         ids = tokens.from_npy(members["tokens.npy"], key).tolist()
         assert (3 in ids) == (not known)
+
+
+@pytest.mark.parametrize("options", [("char",), ("bpe", "--vocab-size", 300)])
+def test_tokens_that_keep_the_code_as_it_was(
+    make_pairs: MakePairs, tmp_path: Path, hash_tree: HashTree, options: tuple[object, ...]
+) -> None:
+    raw = make_pairs(140, size=(8, 8))
+    for path in raw.rglob("*.gui"):
+        path.write_text(f"row {{\n\t<eos>  {path.stem}\r\n}}\n" * 2)
+    arguments = ("--split", "train=rest,test=10", "--tokenizer", *options)
+    assert run(raw, tmp_path / "0", *arguments) == 0
+    tokenizer = tokens.load_tokenizer((tmp_path / "0" / "tokenizer.json").read_text(), "here")
+    for key, members in packed_samples(tmp_path / "0").items():
+        ids = tokens.from_npy(members["tokens.npy"], key).tolist()
+        code = members["txt"].decode()
+        assert ids == tokens.encode(tokenizer, code)
+        assert tokens.decode(tokenizer, ids[1:-1]) == code
+    manifest = storage.load_manifest(str(tmp_path / "0"))
+    assert manifest.tokenizer is not None
+    assert manifest.tokenizer.vocab_size == tokenizer.get_vocab_size() <= 300
+    out = tmp_path / "2"
+    assert start(raw, out, *arguments, "--workers", 2).wait() == 0
+    assert hash_tree(out) == hash_tree(tmp_path / "0")
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_characters_and_byte_pairs_are_those_of_the_training_split(
+    make_pairs: MakePairs, tmp_path: Path, tokenizer: str
+) -> None:
+    raw, out = make_pairs(12), tmp_path / "out"
+    for path in raw.rglob("*.gui"):
+        path.write_text(chr(0x3042 + int(path.stem)) * 4)
+    assert run(raw, out, "--tokenizer", tokenizer) == 0
+    found = tokens.load_tokenizer((out / "tokenizer.json").read_text(), "here")
+    for key, members in packed_samples(out).items():
+        ids = tokens.encode(found, members["txt"].decode())
+        assert (3 in ids) == (tokenizer == "char" and not key.startswith("train-"))
+        if tokenizer == "bpe":
+            assert (len(ids) <= 4) == key.startswith("train-")
+
+
+def test_a_change_of_the_tokenizer_is_named(
+    make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = make_pairs(8), tmp_path / "out"
+    assert run(raw, out, "--tokenizer", "bpe", "--vocab-size", 270) == 0
+    assert run(raw, out, "--tokenizer", "char", "--vocab-size", 10) == 2
+    error = capsys.readouterr().err
+    assert "--tokenizer was bpe, now char" in error
+    assert "--vocab-size was 270, now 10" in error
+    assert run(raw, out, "--tokenizer", "char", "--vocab-size", 10, "--overwrite") == 0
+    assert storage.load_manifest(str(out)).tokenizer.vocab_size == 10  # type: ignore[union-attr]
 
 
 def test_another_dataset_with_the_same_tokenizer(make_pairs: MakePairs, tmp_path: Path) -> None:

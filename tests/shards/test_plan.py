@@ -16,7 +16,7 @@ IMAGE = ImagePolicy(None, None, 3, "none", "keep", 90, (255, 255, 255))
 def options(**changes: object) -> Options:
     defaults: dict[str, object] = {
         "kind": "pairs", "code_suffix": ".gui", "image": IMAGE, "split": "train=.5,test=.5",
-        "seed": 0, "tokenizer": "word", "min_frequency": 1, "max_tokens": None,
+        "seed": 0, "tokenizer": "word", "min_frequency": 1, "vocab_size": None, "max_tokens": None,
         "shard_samples": 4, "shard_bytes": 10**9,
     }  # fmt: skip
     return Options(**{**defaults, **changes})  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
 import io
+import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -109,3 +111,81 @@ def test_other_npy_files_are_named(data: bytes) -> None:
     for read in (tokens.from_npy, tokens.count_npy):
         with pytest.raises(FormatError, match="here"):
             read(data, "here")
+
+
+KNOWN = "ab {}\n\t<eos>é\u3042\U0001f600\r\u2028"
+
+
+@given(st.text(st.sampled_from(KNOWN)))
+def test_characters_give_back_every_text_of_known_ones(text: str) -> None:
+    file = tokens.train_char_tokenizer(dict.fromkeys(KNOWN, 1))
+    tokenizer = tokens.load_tokenizer(file, "here")
+    ids = tokens.encode(tokenizer, text)
+    assert len(ids) == len(text) + 2
+    assert min([*ids[1:-1], 4]) > UNK
+    assert tokens.decode(tokenizer, ids[1:-1]) == text
+    assert tokens.keeps_white_space(tokenizer)
+
+
+def test_other_characters_are_unknown_one_by_one() -> None:
+    tokenizer = tokens.load_tokenizer(tokens.train_char_tokenizer({"a": 2, "b": 1}), "here")
+    ids = tokens.encode(tokenizer, "axyb")
+    assert ids == [BOS, 4, UNK, UNK, 5, EOS]
+    assert tokens.decode(tokenizer, ids[1:-1]) == "a<unk><unk>b"
+
+
+PROGRAMS = ["row {\n  <eos> <eos>\n}\n", "row { <unk><unk> é é }", "row\r\n\t{x}{x}"] * 3
+BPE_FILE = tokens.train_bpe_tokenizer(PROGRAMS, 1, 400)
+
+
+@given(st.one_of(st.text(), st.sampled_from(PROGRAMS), st.text(st.sampled_from(KNOWN))))
+def test_byte_pairs_give_back_every_text(text: str) -> None:
+    tokenizer = tokens.load_tokenizer(BPE_FILE, "here")
+    ids = tokens.encode(tokenizer, text)
+    assert (ids[0], ids[-1]) == (BOS, EOS)
+    assert min([*ids[1:-1], 4]) > UNK
+    assert tokens.decode(tokenizer, ids[1:-1]) == text
+
+
+def test_frequent_byte_pairs_are_one_token() -> None:
+    tokenizer = tokens.load_tokenizer(BPE_FILE, "here")
+    names = [tokenizer.id_to_token(at) for at in range(len(SPECIAL_TOKENS))]
+    assert names == list(SPECIAL_TOKENS)
+    assert 260 < tokenizer.get_vocab_size() <= 400
+    assert len(tokens.encode(tokenizer, "row {")) == 2 + 2
+    rare = tokens.load_tokenizer(tokens.train_bpe_tokenizer(["ab", "ab", "cd"], 2, 400), "here")
+    assert rare.get_vocab_size() == 260 + 1
+    small = tokens.load_tokenizer(tokens.train_bpe_tokenizer(PROGRAMS, 1, 260), "here")
+    assert small.get_vocab_size() == 260
+
+
+# Few letters, all about equally frequent: the trainer meets ties at nearly every pair.
+@given(st.lists(st.text("abc d"), max_size=12), st.randoms(use_true_random=False))
+def test_the_order_of_texts_changes_no_byte_pair(texts: list[str], rng: random.Random) -> None:
+    shuffled = list(texts)
+    rng.shuffle(shuffled)
+    first, second = (tokens.train_bpe_tokenizer(some, 1, 300) for some in (texts, shuffled))
+    assert first == second
+
+
+def test_bytes_that_are_no_text_are_shown_as_such() -> None:
+    tokenizer = tokens.load_tokenizer(BPE_FILE, "here")
+    half = tokens.encode(tokenizer, "\u3042")[1:2]
+    assert tokens.decode(tokenizer, half) == "\ufffd"
+
+
+def test_an_error_of_the_texts_is_raised_as_it_is() -> None:
+    def texts() -> Iterator[str]:
+        yield "a"
+        raise UserError("gone")
+
+    with pytest.raises(UserError, match="gone"):
+        tokens.train_bpe_tokenizer(texts(), 1, 300)
+
+
+def test_a_vocabulary_keeps_to_its_size() -> None:
+    counts = {"a": 3, "b": 2, "c": 2, "d": 1}
+    for train_some in (tokens.train_word_tokenizer, tokens.train_char_tokenizer):
+        tokenizer = tokens.load_tokenizer(train_some(counts, 1, 6), "here")
+        kept = [tokenizer.id_to_token(at) for at in range(tokenizer.get_vocab_size())]
+        assert kept == [*SPECIAL_TOKENS, "a", "b"]
