@@ -21,8 +21,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shards import engines, foreign, images, plan, storage, tokens
-from shards.foreign import CODE_EXTENSIONS, Adoption
+from shards import engines, foreign, images, plan, storage, tarfiles, tokens
+from shards.foreign import Adoption
 from shards.format import (
     IMAGE_EXTENSIONS,
     MANIFEST_NAME,
@@ -38,19 +38,12 @@ from shards.format import (
     format_index,
     image_extension,
 )
+from shards.layouts import choose_members, find_shards, guess_split
 from shards.pack import TooManyBadError, describe_skips
 from shards.sources import Skip
 from shards.storage import UserError, command, join
 from shards.tokens import CHAR, WORD
 
-SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
 SHOWN_PROBLEMS = 20
 MEGABYTE = 1_000_000
 
@@ -239,23 +232,6 @@ def index(
     return Indexed(manifest, adoption, tuple(examples), num_other_members, wrote)
 
 
-def find_shards(root: str, files: Mapping[str, int]) -> list[str]:
-    """The names of the shards among `files`, in order. Raises `UserError` when there is none."""
-    names = [
-        name
-        for name in sorted(files)
-        if name.endswith(".tar") and not any(part.startswith(".") for part in name.split("/"))
-    ]
-    if not names:
-        if any(re.search(r"\.(tar\.\w+|tgz)$", name) for name in files):
-            raise UserError(f"{root}: compressed shards cannot be read by offset; decompress them")
-        raise UserError(f"{root}: no .tar files there")
-    for name in names:
-        if not name.isprintable():
-            raise UserError(f"{root}: {name!r}: rename it, a shard's name must be printable")
-    return names
-
-
 def assign_splits(names: Sequence[str], specs: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Which shards each split has, in order.
 
@@ -286,61 +262,6 @@ def assign_splits(names: Sequence[str], specs: Sequence[str]) -> dict[str, tuple
     usual = [split for split in ("train", "val", "test") if split in splits]
     ranked = usual + sorted(splits.keys() - set(usual))
     return {split: tuple(splits[split]) for split in ranked}
-
-
-def guess_split(name: str) -> str | None:
-    """The split that the name of a shard speaks of; None when it speaks of none, or of several."""
-    folder, slash, rest = name.lower().partition("/")
-    if slash and folder in SPLIT_WORDS:
-        return SPLIT_WORDS[folder]
-    words = re.split(r"[^a-z]+", (rest if slash else folder).rpartition("/")[2])
-    if words[0] in SPLIT_WORDS:
-        return SPLIT_WORDS[words[0]]
-    found = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
-    return found.pop() if len(found) == 1 else None
-
-
-def choose_members(
-    where: str,
-    extensions: Mapping[str, set[str]],
-    *,
-    kind: str,
-    image_extensions: Sequence[str],
-    code_extension: str | None,
-    given_tokenizer: bool,
-) -> tuple[tuple[str, ...], str | None, bool]:
-    """Image extensions, code extension, and whether samples are pairs, by one shard's samples.
-
-    `extensions` are those of each sample. Raises `UserError` naming `where` and what is there.
-    """
-    wanted = tuple(image_extensions) or IMAGE_EXTENSIONS
-    beside = [found for found in extensions.values() if found & set(wanted)]
-    if not beside:
-        seen = ", ".join(sorted(set().union(*extensions.values()))[:12])
-        raise UserError(
-            f"{where}: no image members there (looked for {', '.join(wanted)}; its samples have "
-            f"{seen}); choose with --image-extension"
-        )
-    if kind == "images":
-        return wanted, None, False
-    seen_beside = set().union(*beside)
-    if code_extension is None:
-        candidates = [one for one in CODE_EXTENSIONS if one in seen_beside]
-        if len(candidates) > 1 and candidates[0] != "gui":
-            raise UserError(
-                f"{where}: {' and '.join(candidates)} lie beside images; choose with "
-                "--code-suffix, or give --kind images"
-            )
-        code_extension = candidates[0] if candidates else None
-    if code_extension is None and TOKENS_EXTENSION in seen_beside and not given_tokenizer:
-        raise UserError(
-            f"{where}: has {TOKENS_EXTENSION} and no text; give the tokenizer that made them with "
-            "--tokenizer FILE, or --kind images"
-        )
-    pairs = code_extension is not None or TOKENS_EXTENSION in seen_beside
-    if kind == "pairs" and not pairs:
-        raise UserError(f"{where}: no text beside the images; choose with --code-suffix")
-    return wanted, code_extension, pairs
 
 
 def _train_words(counts: Mapping[str, int]) -> str:
@@ -482,7 +403,7 @@ def _first_samples(
             path = storage.local_path(url)
         try:
             with storage.explained(url), path.open("rb") as file:
-                found = foreign.list_extensions(file, name)
+                found = tarfiles.list_extensions(file, name)
         except FormatError as error:
             problems.append(str(error))
             continue

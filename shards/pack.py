@@ -26,7 +26,7 @@ from typing import BinaryIO
 from PIL import ImageColor
 from tokenizers import Tokenizer
 
-from shards import engines, images, plan, sources, storage, tokens, verify
+from shards import engines, images, layouts, plan, sources, storage, tokens, verify
 from shards.format import (
     MANIFEST_NAME,
     PLAN_NAME,
@@ -45,12 +45,14 @@ from shards.format import (
     format_index,
     is_file_name,
 )
+from shards.layouts import Columns
 from shards.plan import Options, Plan, PlannedSample, PlannedShard
 from shards.sources import FileRead, Listing, Reader, Skip
 from shards.storage import SCRATCH_NAME, StorageError, UserError, command, join
 
 SHOWN_NAMES = 3
 DEFAULT_BPE_SIZE = 4096
+DEFAULT_SPLIT = "train=.8,val=.1,test=.1"
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,18 @@ def draft(
         found = describe_skips(plan.causes(skips), skips)
         raise UserError(f"{source}: nothing to pack there ({found})")
     _check_max_bad(Counter(plan.causes(skips)), skips, max_bad)
-    dealt = plan.deal(records, plan.parse_split(options.split), options.seed)
+    if options.split in (plan.FOLDERS, plan.COLUMN):
+        dealt, crossing = plan.keep_splits(records)
+        skips = sorted((*skips, *crossing), key=lambda skip: (skip.cause, skip.name))
+        _check_max_bad(Counter(plan.causes(skips)), skips, max_bad)
+    else:
+        dealt = plan.deal(records, plan.parse_split(options.split), options.seed)
     if options.kind == "pairs" and tokenizer_json is None:
+        if "train" not in dealt:
+            raise UserError(
+                f"{source}: the vocabulary is trained on the split named train, there is none; "
+                "give --tokenizer FILE"
+            )
         training = [one for group in dealt["train"] for one in group]
         tokenizer_json = plan.train_tokenizer(source, training, options, workers)
     sha256 = None
@@ -288,9 +300,9 @@ def describe_skips(counts: Mapping[str, int], skips: Sequence[Skip]) -> str:
 
 def _files(samples: Sequence[PlannedSample], tokenizer: Tokenizer | None) -> Iterator[FileRead]:
     for sample in samples:
-        yield FileRead(sample.image)
+        yield FileRead(sample.image, place=sample.image_place)
         if tokenizer is not None and sample.code is not None:
-            yield FileRead(sample.code)
+            yield FileRead(sample.code, place=sample.code_place)
 
 
 def _make_members(
@@ -300,7 +312,9 @@ def _make_members(
     tokenizer: Tokenizer | None,
     num_tokens: list[int],
 ) -> dict[str, bytes] | Skip:
-    data = _read_planned(task.source, read, sample.image, sample.image_sha256)
+    data = _read_planned(
+        task.source, read, FileRead(sample.image, place=sample.image_place), sample.image_sha256
+    )
     try:
         with images.memory_explained(f"{task.source}/{sample.image}"):
             image = images.fit_and_encode(data, task.image)
@@ -314,7 +328,9 @@ def _make_members(
     }
     members = {"json": json.dumps(about).encode(), image.extension: image.data}
     if tokenizer is not None and sample.code is not None:
-        code = _read_planned(task.source, read, sample.code, sample.code_sha256)
+        code = _read_planned(
+            task.source, read, FileRead(sample.code, place=sample.code_place), sample.code_sha256
+        )
         ids = tokens.encode(tokenizer, plan.read_code(code))
         if task.max_tokens is not None and len(ids) > task.max_tokens:
             return Skip("too_many_tokens", sample.code)
@@ -324,13 +340,13 @@ def _make_members(
     return members
 
 
-def _read_planned(source: str, read: Reader, name: str, sha256: str | None) -> bytes:
+def _read_planned(source: str, read: Reader, file: FileRead, sha256: str | None) -> bytes:
     try:
-        data = read(FileRead(name))
+        data = read(file)
     except OSError as error:
-        raise UserError(f"{source}/{name}: {error.strerror or error}; pack again") from error
+        raise UserError(f"{source}/{file.name}: {error.strerror or error}; pack again") from error
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{source}/{name}: changed while it was packed; pack again")
+        raise UserError(f"{source}/{file.name}: changed while it was packed; pack again")
     return data
 
 
@@ -536,7 +552,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "source",
         metavar="SOURCE",
-        help="folder of images, at any depth, local or on a store; links are not followed",
+        help="folder of images, at any depth, local or on a store, links are not followed; or a "
+        "table (.csv, .tsv, .jsonl, .parquet), or a WebDataset shard (.tar), or a pattern of "
+        "them, in quotes as in 'shards/*.tar'",
     )
     add(
         "out",
@@ -545,17 +563,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--kind",
-        choices=("auto", "pairs", "images"),
+        choices=("auto", "pairs", "images", "table", "webdataset"),
         default="auto",
         help="pairs: an image and its code share their name up to the suffix; images: images "
-        "alone; auto: pairs where code lies beside images (default)",
+        "alone; auto: pairs where code lies beside images (default). table, webdataset: SOURCE is "
+        "a folder of tables, or of tars",
     )
     add(
         "--code-suffix",
         type=_suffix,
         metavar=".EXT",
-        help="suffix of the code files (default: .gui, else .html, .tex or .txt, if only one of "
-        "them lies beside the images)",
+        help="suffix of the code files, or of the code's members in tars (default: .gui, else "
+        ".html, .tex or .txt, if only one of them lies beside the images)",
+    )
+    group = parser.add_argument_group("tables")
+    add = group.add_argument
+    add(
+        "--image-column",
+        metavar="NAME",
+        help="paths of the images, relative to the table's folder and inside it, or in Parquet "
+        "their bytes, as they are or in a struct with a field `bytes` (default: image)",
+    )
+    add("--code-column", metavar="NAME", help="the code itself (default: none, images alone)")
+    add(
+        "--split-column",
+        metavar="NAME",
+        help="the split of each row, in place of --split; `validation` is val. What it says of "
+        "duplicates is as for --split folders. Rows of a Parquet row group stay in few shards, "
+        "where they are shuffled with each other",
     )
     group = parser.add_argument_group("images")
     add = group.add_argument
@@ -613,14 +648,17 @@ def _parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add(
         "--split",
-        default="train=.8,val=.1,test=.1",
-        metavar="NAME=PART,...",
+        metavar="NAME=PART,...|folders",
         help="a PART up to 1 is a share, a whole number from 2 on a number of groups, `rest` what "
         "others leave; a group is all samples that share an image or a program: image files equal "
         "byte for byte, or programs equal word for word, so neither is in two splits (equal "
         "pixels in different files are not noticed). Shares are of what the numbers leave. Parts "
         "are dealt before images are decoded, so a broken image can leave a group empty. As in "
-        "train=rest,val=50,test=250, or test=1 for everything (default: %(default)s)",
+        "train=rest,val=50,test=250, or test=1 for everything. `folders`: by the top-level folder "
+        "(train/, val/ or validation/, test/, or other names); of tars also by their names, others "
+        "are train. An image or a program that is then in two splits stays in test, else in val, "
+        "else elsewhere: the other samples that have it are skipped as duplicate_across_splits "
+        f"(default: {DEFAULT_SPLIT})",
     )
     add("--seed", type=int, default=0, help="of the splits and of the order (default: 0)")
     add(
@@ -701,13 +739,21 @@ def _prepare(args: argparse.Namespace) -> tuple[Listing, Options, str | None]:
         quality=args.quality,
         background=args.background,
     )
-    spec = plan.parse_split(args.split)
-    kind = None if args.kind == "auto" else args.kind
-    listing = sources.list_folder(args.source, kind, args.code_suffix)
+    split, columns = _choose_splits(args)
+    listing = layouts.list_source(
+        args.source,
+        kind=args.kind,
+        code_suffix=args.code_suffix,
+        columns=columns,
+        by_name=split == plan.FOLDERS,
+        workers=args.workers,
+    )
     tokenizer, tokenizer_json = _choose_tokenizer(args, listing.kind)
-    if listing.kind == "pairs" and tokenizer_json is None and "train" not in spec:
+    by_source = split in (plan.FOLDERS, plan.COLUMN)
+    trains = listing.kind == "pairs" and tokenizer_json is None
+    if trains and not by_source and "train" not in plan.parse_split(split):
         raise UserError(
-            f"--split {args.split}: the vocabulary is trained on the split named train; add it, or "
+            f"--split {split}: the vocabulary is trained on the split named train; add it, or "
             "give --tokenizer FILE"
         )
     min_frequency, vocab_size = args.min_frequency, args.vocab_size
@@ -717,7 +763,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Listing, Options, str | None]:
         kind=listing.kind,
         code_suffix=listing.code_suffix,
         image=image,
-        split=args.split.replace(" ", ""),
+        split=split,
         seed=args.seed,
         tokenizer=tokenizer,
         min_frequency=min_frequency or 1,
@@ -725,8 +771,30 @@ def _prepare(args: argparse.Namespace) -> tuple[Listing, Options, str | None]:
         max_tokens=args.max_tokens,
         shard_samples=args.shard_samples,
         shard_bytes=args.shard_bytes,
+        image_column=args.image_column,
+        code_column=args.code_column,
+        split_column=args.split_column,
     )
     return listing, options, tokenizer_json
+
+
+def _choose_splits(args: argparse.Namespace) -> tuple[str, Columns | None]:
+    """What `Options.split` is, and the columns if any are named. Raises `UserError`."""
+    named = (args.image_column, args.code_column, args.split_column)
+    columns = None
+    if any(name is not None for name in named):
+        columns = Columns(args.image_column or Columns().image, args.code_column, args.split_column)
+        given = [name for name in columns if name is not None]
+        if len(set(given)) < len(given):
+            raise UserError("--image-column, --code-column, --split-column: name each column once")
+    if args.split_column is not None:
+        if args.split is not None:
+            raise UserError(f"--split {args.split}: --split-column says it all; drop one of them")
+        return plan.COLUMN, columns
+    split = (args.split or DEFAULT_SPLIT).replace(" ", "")
+    if split != plan.FOLDERS:
+        plan.parse_split(split)
+    return split, columns
 
 
 def _say_skips(counts: Mapping[str, int], skips: Sequence[Skip]) -> None:
@@ -861,7 +929,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         listing, options, tokenizer_json = _prepare(args)
         try:
             made = draft(
-                args.source,
+                listing.root,
                 listing,
                 options,
                 tokenizer_json,
@@ -875,7 +943,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(json.dumps(row) if args.json else _describe_draft(made, row))
                 return 0
             packed = pack(
-                args.source,
+                listing.root,
                 args.out,
                 made,
                 args.workers,

@@ -22,12 +22,23 @@ from typing import Any
 
 from shards import engines, images, sources, tokens
 from shards.format import TAR_BLOCK_BYTES, FormatError, ImagePolicy, Kind
-from shards.sources import FileRead, Listing, RawPair, Reader, Skip, TooLargeError
+from shards.sources import (
+    MAX_CODE_BYTES,
+    FileRead,
+    Listing,
+    NoCellError,
+    Place,
+    RawPair,
+    Reader,
+    Skip,
+    TooLargeError,
+)
 from shards.storage import UserError
 
 PLAN_VERSION = 2
 PLAN_FORMAT = "pixloom plan"
-MAX_CODE_BYTES = 16 * 2**20
+FOLDERS, COLUMN = "folders", "column"
+"""Values of `Options.split`: the source says which split a sample is of."""
 CHUNK = 64
 
 SplitSpec = Mapping[str, int | Decimal | None]
@@ -50,6 +61,9 @@ class Options:
     max_tokens: int | None
     shard_samples: int
     shard_bytes: int
+    image_column: str | None = None
+    code_column: str | None = None
+    split_column: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +87,8 @@ class PlannedSample:
     image_sha256: str
     code: str | None
     code_sha256: str | None
+    image_place: Place | None = None
+    code_place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +138,7 @@ class Plan:
                 image=_policy(body["image"]),
                 tokenizer_sha256=body["tokenizer_sha256"],
                 shards=tuple(
-                    PlannedShard(name, tuple(PlannedSample(*sample) for sample in samples))
+                    PlannedShard(name, tuple(_planned(*sample) for sample in samples))
                     for name, samples in body["shards"].items()
                 ),
                 skips=tuple(Skip(cause, name) for cause, name in body["skips"]),
@@ -144,10 +160,28 @@ class Plan:
             "num_groups": dict(self.num_groups),
             "skips": [[skip.cause, skip.name] for skip in self.skips],
             "shards": {
-                shard.name: [list(dataclasses.astuple(sample)) for sample in shard.samples]
-                for shard in self.shards
+                shard.name: [_fields(sample) for sample in shard.samples] for shard in self.shards
             },
         }
+
+
+def _fields(sample: PlannedSample) -> list[Any]:
+    """In JSON: places are there only where a sample has one."""
+    fields = list(dataclasses.astuple(sample))
+    return fields if sample.image_place or sample.code_place else fields[:-2]
+
+
+def _planned(
+    key: str,
+    image: str,
+    image_sha256: str,
+    code: str | None,
+    code_sha256: str | None,
+    image_place: Sequence[Any] | None = None,
+    code_place: Sequence[Any] | None = None,
+) -> PlannedSample:
+    places = [None if one is None else Place(*one) for one in (image_place, code_place)]
+    return PlannedSample(key, image, image_sha256, code, code_sha256, *places)
 
 
 def is_marked(text: str) -> bool:
@@ -219,9 +253,8 @@ def count_groups(spec: SplitSpec, num_groups: int) -> dict[str, int]:
 
 def scan(root: str, listing: Listing, workers: int) -> tuple[list[Record], list[Skip]]:
     """Reads and hashes every listed sample; refuses what its header or its text rules out."""
-    chunks = [
-        (root, listing.pairs[at : at + CHUNK], at) for at in range(0, len(listing.pairs), CHUNK)
-    ]
+    pieces = _pieces([pair.block for pair in listing.pairs])
+    chunks = [(root, listing.pairs[start:stop], start) for start, stop in pieces]
     results = engines.run(_scan_chunk, chunks, workers, lambda chunk: f"scan of {chunk[1][0]}")
     shown = engines.progress(
         results,
@@ -239,8 +272,12 @@ def scan(root: str, listing: Listing, workers: int) -> tuple[list[Record], list[
 
 def train_tokenizer(root: str, records: Sequence[Record], options: Options, workers: int) -> str:
     """The `tokenizer.json` that `options` ask for, trained on the code of `records`."""
-    files = [FileRead(one.pair.code) for one in records if one.pair.code is not None]
-    chunks = [(root, files[at : at + CHUNK]) for at in range(0, len(files), CHUNK)]
+    pairs = [one.pair for one in records if one.pair.code is not None]
+    # Files of a block together and in their order, as they are quickest to read.
+    pairs.sort(key=lambda pair: (pair.block or 0, pair.code_place or ()))
+    files = [FileRead(str(pair.code), place=pair.code_place) for pair in pairs]
+    pieces = _pieces([pair.block for pair in pairs])
+    chunks = [(root, files[start:stop]) for start, stop in pieces]
     if options.tokenizer == tokens.BPE:
         assert options.vocab_size is not None
         with closing(engines.run(_read_codes, chunks, workers, _first_name)) as results:
@@ -253,6 +290,17 @@ def train_tokenizer(root: str, records: Sequence[Record], options: Options, work
         counts.update(found)
     train = tokens.train_char_tokenizer if is_char else tokens.train_word_tokenizer
     return train(counts, options.min_frequency, options.vocab_size)
+
+
+def _pieces(blocks: Sequence[int | None]) -> Iterator[tuple[int, int]]:
+    """Samples [start, stop) that make a task: `CHUNK` of them, or more to keep a block whole."""
+    start = 0
+    for at, block in enumerate(blocks):
+        if at - start >= CHUNK and (block is None or block != blocks[at - 1]):
+            yield start, at
+            start = at
+    if blocks:
+        yield start, len(blocks)
 
 
 def group_records(records: Sequence[Record]) -> list[list[Record]]:
@@ -270,10 +318,9 @@ def group_records(records: Sequence[Record]) -> list[list[Record]]:
 
     first: dict[str, int] = {}
     for at, record in enumerate(records):
-        for content in (record.image_sha256, record.code_hash):
-            if content is not None:
-                other = root_of(first.setdefault(content, at))
-                parents[root_of(at)] = other
+        for content in _contents(record):
+            other = root_of(first.setdefault(content, at))
+            parents[root_of(at)] = other
     groups: dict[int, list[Record]] = {}
     for at, record in enumerate(records):
         groups.setdefault(root_of(at), []).append(record)
@@ -294,6 +341,45 @@ def deal(records: Sequence[Record], spec: SplitSpec, seed: int) -> dict[str, lis
     return dealt
 
 
+def keep_splits(
+    records: Sequence[Record],
+) -> tuple[dict[str, list[list[Record]]], list[Skip]]:
+    """Groups of records for the splits that the source says, and what is dropped.
+
+    No image and no program may be in two of them. Where one is, it stays in the split that is
+    there to judge by: test before val before others before train, whose samples with it are
+    skipped. Raises `UserError` for a split of which nothing is left.
+    """
+    by_split: dict[str, list[Record]] = {}
+    for record in records:
+        by_split.setdefault(str(record.pair.split), []).append(record)
+    ranks = {"test": 0, "val": 1, "train": 3}
+    judging = sorted(by_split, key=lambda name: (ranks.get(name, 2), name))
+    dealt: dict[str, list[list[Record]]] = {}
+    skips: list[Skip] = []
+    seen: set[str] = set()
+    for split in judging:
+        kept = []
+        for record in by_split[split]:
+            if seen.isdisjoint(_contents(record)):
+                kept.append(record)
+            else:
+                skips.append(Skip("duplicate_across_splits", record.pair.image))
+        if not kept:
+            raise UserError(
+                f"--split: nothing would be in {split!r}; each of its samples shares an image or a "
+                f"program with one of {' or '.join(dealt)}, as {skips[-1].name!r} does"
+            )
+        seen.update(content for record in kept for content in _contents(record))
+        dealt[split] = group_records(kept)
+    usual = [split for split in ("train", "val", "test") if split in dealt]
+    return {split: dealt[split] for split in [*usual, *sorted(dealt.keys() - set(usual))]}, skips
+
+
+def _contents(record: Record) -> list[str]:
+    return [one for one in (record.image_sha256, record.code_hash) if one is not None]
+
+
 def make_plan(
     options: Options,
     dealt: Mapping[str, Sequence[Sequence[Record]]],
@@ -302,7 +388,8 @@ def make_plan(
 ) -> Plan:
     """Shuffles each split's samples and cuts them into shards of nearly equal counts.
 
-    A shard is a fair sample of its split. Shards keep to `options.shard_samples`, and to about
+    A shard is a fair sample of its split; of a source with blocks, it is some of them, shuffled
+    inside and among each other. Shards keep to `options.shard_samples`, and to about
     `options.shard_bytes`, estimated from the sizes of the files or of the decoded images.
     """
     everyone = (one for groups in dealt.values() for group in groups for one in group)
@@ -314,7 +401,7 @@ def make_plan(
     shards = []
     for split, groups in dealt.items():
         records = [record for group in groups for record in group]
-        records.sort(key=lambda record: (_draw(options.seed, "order", record), record.pair.image))
+        records.sort(key=lambda record: _place_in_order(options.seed, record))
         total_bytes = sum(_estimate_bytes(record, image) for record in records)
         num_shards = max(
             -(-len(records) // options.shard_samples), -(-total_bytes // options.shard_bytes)
@@ -330,6 +417,8 @@ def make_plan(
                     records[at].image_sha256,
                     records[at].pair.code,
                     records[at].code_sha256,
+                    records[at].pair.image_place,
+                    records[at].pair.code_place,
                 )
                 for at in range(start, stop)
             )
@@ -390,15 +479,15 @@ def _files(pairs: Iterable[RawPair]) -> Iterator[FileRead]:
     for pair in pairs:
         yield _image_file(pair)
         if pair.code is not None:
-            yield _code_file(pair.code, pair.code_bytes)
+            yield _code_file(pair)
 
 
 def _image_file(pair: RawPair) -> FileRead:
-    return FileRead(pair.image, pair.image_bytes, images.MAX_FILE_BYTES)
+    return FileRead(pair.image, pair.image_bytes, images.MAX_FILE_BYTES, pair.image_place)
 
 
-def _code_file(name: str, num_bytes: int | None) -> FileRead:
-    return FileRead(name, num_bytes, MAX_CODE_BYTES)
+def _code_file(pair: RawPair) -> FileRead:
+    return FileRead(str(pair.code), pair.code_bytes, MAX_CODE_BYTES, pair.code_place)
 
 
 def _scan_pair(read: Reader, pair: RawPair) -> Record | Skip:
@@ -407,6 +496,10 @@ def _scan_pair(read: Reader, pair: RawPair) -> Record | Skip:
         width, height = images.read_size(data)
     except TooLargeError:
         return Skip("too_large", pair.image)
+    except NoCellError:
+        return Skip("no_image", pair.image)
+    except FileNotFoundError:
+        return Skip("missing_file", pair.image)
     except OSError:
         return Skip("unreadable", pair.image)
     except images.ImageRefused as refused:
@@ -415,10 +508,12 @@ def _scan_pair(read: Reader, pair: RawPair) -> Record | Skip:
     if pair.code is None:
         return record
     try:
-        code = read(_code_file(pair.code, pair.code_bytes))
+        code = read(_code_file(pair))
         found = tokens.words(read_code(code))
     except TooLargeError:
         return Skip("code_too_large", pair.code)
+    except NoCellError:
+        return Skip("no_code", pair.code)
     except OSError:
         return Skip("unreadable", pair.code)
     except UnicodeDecodeError:
@@ -469,6 +564,16 @@ def _codes(root: str, files: Sequence[FileRead]) -> Iterator[str]:
 def _draw(seed: int, purpose: str, record: Record) -> bytes:
     content = f"{purpose}/{seed}/{record.image_sha256}/{record.code_sha256}"
     return hashlib.blake2b(content.encode(), digest_size=16).digest()
+
+
+def _place_in_order(seed: int, record: Record) -> tuple[bytes, bytes, str, tuple[Any, ...]]:
+    pair = record.pair
+    block = b""
+    if pair.block is not None:
+        name = f"block/{seed}/{pair.block}"
+        block = hashlib.blake2b(name.encode(), digest_size=16).digest()
+    # The last two tell copies apart.
+    return block, _draw(seed, "order", record), pair.image, pair.code_place or ()
 
 
 def _estimate_bytes(record: Record, image: ImagePolicy) -> int:

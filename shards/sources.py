@@ -1,8 +1,8 @@
-"""Where raw samples come from: a folder, on disk or on a store, in, a sorted listing out.
+"""What raw samples are, how those of a folder are found, and how all of them are read.
 
-A new layout is one function here. Only names and file types are looked at; what is inside the
-files is checked by `shards.plan` (hashes, headers, text) and `shards.images`. Every file of a
-source is read by `read_file`.
+Here and in `shards.layouts`, for tables and tars, it is only said what the samples are called and
+where their bytes are; what these are is checked by `shards.plan` (hashes, headers, text) and
+`shards.images`. All bytes of a source, on disk or on a store, are read through `reading`.
 """
 
 import collections
@@ -12,11 +12,13 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
-from shards import storage
+from shards import storage, tables
 from shards.format import Kind
 from shards.storage import MissingError, UserError
 
@@ -24,6 +26,8 @@ IMAGE_SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff",
 )  # fmt: skip
 CODE_SUFFIXES = (".gui", ".html", ".tex", ".txt")
+MAX_CODE_BYTES = 16 * 2**20
+
 
 NUM_READ_AHEAD = 16
 """Files of a store that one worker asks for at a time: what it waits for is the answer."""
@@ -31,17 +35,37 @@ READ_AHEAD_BYTES = 64 * 2**20
 """No more is asked for while so much has come and was not used."""
 
 
+class Place(NamedTuple):
+    """Where bytes are that are no file of their own: in a tar, or in a cell of a table."""
+
+    file: str
+    """Relative to the source's folder, with `/`."""
+    start: int
+    size: int
+    """In bytes: of the tar's member, or of the table's row. In Parquet, the row's number, and 1."""
+    column: int | str | None = None
+    """Which cell of the row, as `shards.tables` counts or calls it."""
+
+
 @dataclass(frozen=True, slots=True)
 class RawPair:
     """One sample: names relative to the source folder, with `/`. `code` is None without code.
 
-    A store's listing tells the sizes of the files; that of a local folder does not.
+    Where there is no place, the name is that of a file. A store's listing tells the sizes of the
+    files, as a tar tells those of its members; that of a local folder does not.
     """
 
     image: str
     code: str | None
     image_bytes: int | None = field(default=None, compare=False)
     code_bytes: int | None = field(default=None, compare=False)
+    image_place: Place | None = None
+    code_place: Place | None = None
+    split: str | None = None
+    """What the source says, where it was asked for."""
+    block: int | None = None
+    """Samples of one block are read together, as one of them costs nearly what all do: they are
+    the rows of a row group in Parquet, and stay neighbours as far as the splits allow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +78,10 @@ class Skip:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a folder holds, in bytewise order. `num_other_files` are neither images nor code."""
+    """What a source holds, in order: bytewise by name in folders and of tars and tables, then as
+    it comes. `num_other_files` are neither images nor code."""
 
+    root: str
     kind: Kind
     code_suffix: str | None
     pairs: tuple[RawPair, ...]
@@ -65,6 +91,10 @@ class Listing:
 
 class TooLargeError(OSError):
     """A file that is larger than what would be read of it."""
+
+
+class NoCellError(OSError):
+    """A row of a table without a value where one is wanted."""
 
 
 def list_folder(root: str, kind: Kind | None = None, code_suffix: str | None = None) -> Listing:
@@ -100,7 +130,7 @@ def list_folder(root: str, kind: Kind | None = None, code_suffix: str | None = N
         kept = _without_case_collisions({name: name for name in images}, skips)
         pairs = [RawPair(name, None, sizes[name]) for name in kept]
         num_other = len(files) - len(images)
-        return Listing("images", None, tuple(pairs), tuple(skips), num_other)
+        return Listing(root, "images", None, tuple(pairs), tuple(skips), num_other)
     code_names = [name for name in files if _suffix(name) == code_suffix]
     codes: dict[str, str] = {}
     for name in code_names:
@@ -121,7 +151,7 @@ def list_folder(root: str, kind: Kind | None = None, code_suffix: str | None = N
         code = codes[_stem(name)]
         pairs.append(RawPair(name, code, sizes[name], sizes[code]))
     num_other = len(files) - len(images) - len(code_names)
-    return Listing("pairs", code_suffix, tuple(pairs), tuple(skips), num_other)
+    return Listing(root, "pairs", code_suffix, tuple(pairs), tuple(skips), num_other)
 
 
 def read_file(
@@ -160,11 +190,12 @@ def _check_size(name: str, num_bytes: int, max_bytes: int | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FileRead:
-    """A file to be read. `num_bytes` and `max_bytes` are those of `read_file`."""
+    """A file to be read, or what is at a place. `num_bytes` and `max_bytes` as in `read_file`."""
 
     name: str
     num_bytes: int | None = None
     max_bytes: int | None = None
+    place: Place | None = None
 
 
 Reader = Callable[[FileRead], bytes]
@@ -174,8 +205,27 @@ Reader = Callable[[FileRead], bytes]
 def reading(root: str, files: Iterable[FileRead]) -> Iterator[Reader]:
     """Yields `read_file` for these files, each of which is asked for once, in this order.
 
-    A file may be left out. From a store they are read ahead, several at a time.
+    A file may be left out. From a store they are read ahead, several at a time. Rows of Parquet
+    are quickest in blocks, see `RawPair`.
     """
+    files = list(files)
+    rows = [file for file in files if _row_of(file) is not None]
+    if rows:
+        wanted = [row for row in map(_row_of, rows) if row is not None]
+        others = [file for file in files if _row_of(file) is None]
+        with (
+            closing(tables.ParquetCells(root, wanted)) as cells,
+            reading(root, others) as read_other,
+        ):
+
+            def read(file: FileRead) -> bytes:
+                row = _row_of(file)
+                if row is None:
+                    return read_other(file)
+                return _check_cell(file, cells.read(*row))
+
+            yield read
+        return
     if not storage.is_remote(root):
         yield partial(_read, root)
         return
@@ -211,7 +261,32 @@ def reading(root: str, files: Iterable[FileRead]) -> Iterator[Reader]:
 
 
 def _read(root: str, file: FileRead) -> bytes:
-    return read_file(root, file.name, file.num_bytes, file.max_bytes)
+    if file.place is None:
+        return read_file(root, file.name, file.num_bytes, file.max_bytes)
+    place = file.place
+    if place.column is None:
+        _check_size(file.name, place.size, file.max_bytes)
+    data = storage.read_range(storage.join(root, place.file), place.start, place.start + place.size)
+    if len(data) != place.size:
+        raise OSError(f"{file.name}: cut off")
+    if place.column is None:
+        return data
+    return _check_cell(file, tables.read_cell(data, place.file, place.column))
+
+
+def _check_cell(file: FileRead, cell: bytes | None) -> bytes:
+    if cell is None:
+        raise NoCellError(f"{file.name}: no value")
+    _check_size(file.name, len(cell), file.max_bytes)
+    return cell
+
+
+def _row_of(file: FileRead) -> tuple[str, int, str] | None:
+    """What `ParquetCells` calls the cell; None where it is none of Parquet."""
+    place = file.place
+    if place is None or tables.suffix_of(place.file) != ".parquet":
+        return None
+    return place.file, place.start, str(place.column)
 
 
 def _list_local(root: str) -> tuple[dict[str, int | None], list[Skip]]:

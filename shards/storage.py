@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from shards import remote
 from shards.errors import MissingError as MissingError
@@ -34,6 +35,9 @@ SCRATCH_NAME = ".pixloom-tmp"
 
 NUM_REQUESTS = 16
 """At a time, to a store: each takes long, and costs it little."""
+
+RANGE_BYTES = 2**20
+"""Asked of a store at a time for a file that is read as one: a request costs as long as so much."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -123,6 +127,47 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     with explained(url), local_path(url).open("rb") as file:
         file.seek(start)
         return file.read(stop - start)
+
+
+def open_read(url: str) -> BinaryIO:
+    """One object as a file to read and seek in; one of a store is asked for by ranges.
+
+    Raises `UserError` naming it when it is missing, also while it is read.
+    """
+    if is_remote(url):
+        return io.BufferedReader(_RangeFile(url), RANGE_BYTES)
+    with explained(url):
+        return local_path(url).open("rb")
+
+
+class _RangeFile(io.RawIOBase):
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._num_bytes = size_bytes(url)
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._position + len(buffer), self._num_bytes)
+        if stop <= self._position:
+            return 0
+        data = read_range(self._url, self._position, stop)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 def read_text(url: str) -> str:
