@@ -1,3 +1,4 @@
+import dataclasses
 from decimal import Decimal
 
 import pytest
@@ -83,6 +84,58 @@ def test_names_and_their_order_move_no_content_to_another_split(
             for dealt in (first, second)
         ]
         assert images[0] == images[1]
+
+
+SPLITS = ["test", "val", "extra", "train"]  # in the order in which they keep their samples
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.sampled_from(SPLITS))))
+def test_the_splits_of_a_source_are_kept_and_share_nothing(
+    drawn: list[tuple[int, int, str]],
+) -> None:
+    records = [
+        dataclasses.replace(
+            one := record(f"{at:03d}", image, code), pair=dataclasses.replace(one.pair, split=split)
+        )
+        for at, (image, code, split) in enumerate(drawn)
+    ]
+    try:
+        dealt, skips = plan.keep_splits(records)
+    except UserError:  # Nothing would be left in a split.
+        return
+    assert list(dealt) == [one for one in ("train", "val", "test", "extra") if one in dealt]
+    kept = {one.pair.image for groups in dealt.values() for group in groups for one in group}
+    skipped = [skip.name for skip in skips]
+    assert len(skipped) == len(set(skipped))
+    assert kept.isdisjoint(skipped)
+    assert len(kept) + len(skipped) == len(records)
+    seen: dict[str, str] = {}
+    for split in SPLITS:
+        for group in dealt.get(split, []):
+            for one in group:
+                assert one.pair.split == split
+                for content in (one.image_sha256, str(one.code_hash)):
+                    assert seen.setdefault(content, split) == split
+    # Only what is in a split that comes before is dropped.
+    by_name = {one.pair.image: one for one in records}
+    for name in skipped:
+        one = by_name[name]
+        found = {seen.get(content) for content in (one.image_sha256, str(one.code_hash))}
+        assert any(
+            SPLITS.index(split) < SPLITS.index(str(one.pair.split)) for split in found if split
+        )
+
+
+def test_samples_of_a_block_stay_together() -> None:
+    records = []
+    for at in range(60):
+        one = record(f"{at:03d}", at, at)
+        records.append(dataclasses.replace(one, pair=dataclasses.replace(one.pair, block=at // 10)))
+    made = plan_of(records, split="train=1", shard_samples=10)
+    found = [[int(sample.image[:3]) for sample in shard.samples] for shard in made.shards]
+    assert [{at // 10 for at in shard} for shard in found] != [{at} for at in range(6)]
+    assert all(len({at // 10 for at in shard}) == 1 for shard in found)
+    assert all(shard != sorted(shard) for shard in found)
 
 
 def test_groups_join_through_a_third() -> None:
