@@ -110,7 +110,9 @@ def _draw_codes(
     truths = references(batch)
     for column, (guess, truth) in enumerate(zip(codes, truths, strict=True)):
         image, text = grid[0][column], grid[1][column]
-        image.imshow(batch.image_BCHW[column].permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)
+        image.imshow(
+            batch.image_BCHW[column].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255
+        )
         image.set_xticks([])
         image.set_yticks([])
         for spine in image.spines.values():
@@ -181,7 +183,7 @@ def _draw_reconstructions(figure: Any, images: Tensor, reconstructions: Tensor) 
     ):
         for column, picture in enumerate(pictures):
             axes = grid[row][column]
-            axes.imshow(picture.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+            axes.imshow(picture.permute(1, 2, 0).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
             if column == 0:

@@ -89,27 +89,31 @@ def test_code_comes_out_as_it_was_packed(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Four programs that the first pixel tells apart, learnt by heart, white space and all."""
-    programs = ["a {\n\tb\n}\n", "a  {}\r\n", "<eos>\u00e9", "\tb\n\n"]
+    """Two programs, of stripes and of spots, learnt by heart, white space and all."""
+    programs = ["a {\n\tb  }\r\n", "<eos>\u00e9"]
     raw, data, run = tmp_path / "raw", tmp_path / "shards", tmp_path / "run"
     raw.mkdir()
-    for number in range(16):
-        shade = 60 * (number % 4) + number // 4
-        Image.new("RGB", (16, 16), (shade, 255 - shade, shade)).save(raw / f"{number}.png")
-        (raw / f"{number}.gui").write_bytes(programs[number % 4].encode())
+    for number in range(8):
+        pixels = np.full((16, 16), number, np.uint8)
+        pixels[::4] = 250
+        pixels[:, ::4] = number if number % 2 else 250
+        Image.fromarray(pixels).save(raw / f"{number}.png")
+        (raw / f"{number}.gui").write_bytes(programs[number % 2].encode())
     words = f"--split train=1 --workers 0 --tokenizer {tokenizer}"
     assert pack.main([str(raw), str(data), *words.split()]) == 0
     settings = """
-    --run.steps 150 --batch.global_size 16 --batch.micro_size 16 --optim.lr 1e-2
-    --model.channels 8,16 --model.hidden_dim 32 --model.embed_dim 16 --model.latent_dropout 0
+    --run.steps 100 --batch.global_size 8 --batch.micro_size 8 --optim.lr 5e-3
+    --model.channels 8,16 --model.hidden_dim 64 --model.dropout 0 --model.latent_dropout 0
+    --checkpoint.every_steps 100
     """
     train_small(run, data, settings)
-    for number, program in enumerate(programs):
-        status, out, _ = call(capsys, run, raw / f"{number}.png")
-        assert (status, out) == (0, program if program.endswith("\n") else program + "\n")
+    expected = [program.removesuffix("\n") + "\n" for program in programs]
+    for number in range(2):
+        assert call(capsys, run, raw / f"{number}.png") == (0, expected[number], "")
     assert call(capsys, run, raw / "0.png", raw / "1.png", "--out", tmp_path / "out")[0] == 0
     for number in range(2):
-        assert (tmp_path / "out" / f"{number}.txt").read_bytes() == programs[number].encode()
+        written = (tmp_path / "out" / f"{number}.txt").read_bytes()
+        assert written == expected[number].encode()
     assert report.main([str(run), "--split", "train"]) == 0
 
 
