@@ -1,4 +1,4 @@
-"""Packing: a folder in, a dataset of tar shards out; resumed where a killed pack stopped.
+"""Packing: raw samples in, a dataset of tar shards out; resumed where a killed pack stopped.
 
 Both are on disk or on a store. One task is one shard, a pure function of its entry in the plan:
 the same input gives the same bytes, whatever the number of workers, wherever it goes, and however
@@ -541,9 +541,9 @@ def _make_manifest(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pixloom pack",
-        description="Pack a folder of images, or of images with code, into WebDataset tar shards "
-        "with an index. Run again after an interruption, it goes on; run again after success, it "
-        "finds nothing to do.",
+        description="Pack images, or images with code, into WebDataset tar shards with an index. "
+        "Run again after an interruption, it goes on; run again after success, it finds nothing to "
+        "do.",
         epilog="SOURCE and OUT are local or on a store: s3://, gs://, abfs://. Credentials come "
         "from the environment. For a store, each worker builds one shard at a time in the folder "
         "for temporary files (TMPDIR). No lock guards a store: let one pack at a time write there.",
@@ -588,9 +588,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--split-column",
         metavar="NAME",
-        help="the split of each row, in place of --split; `validation` is val. What it says of "
-        "duplicates is as for --split folders. Rows of a Parquet row group stay in few shards, "
-        "where they are shuffled with each other",
+        help="the split of each row, in place of --split; `validation` is val, and duplicates are "
+        "dealt with as by --split folders",
     )
     group = parser.add_argument_group("images")
     add = group.add_argument

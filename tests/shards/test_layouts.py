@@ -253,6 +253,19 @@ def test_a_split_of_copies_alone_is_named(
     assert "nothing would be in 'val'" in capsys.readouterr().err
 
 
+def test_without_a_training_split_a_tokenizer_is_needed(
+    make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pairs(3, name="raw/test")
+    assert run(tmp_path / "raw", tmp_path / "out", "--split", "folders") == 2
+    assert "give --tokenizer FILE" in capsys.readouterr().err
+    assert run(tmp_path / "raw", tmp_path / "whole", "--split", "train=1") == 0
+    tokenizer = tmp_path / "whole" / "tokenizer.json"
+    options = ("--split", "folders", "--tokenizer", tokenizer)
+    assert run(tmp_path / "raw", tmp_path / "out", *options) == 0
+    assert storage.load_manifest(str(tmp_path / "out")).num_samples("test") == 3
+
+
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)
