@@ -1,30 +1,36 @@
-"""Where tasks run: one function that runs picklable tasks on local processes.
+"""Where tasks run: one function that runs picklable tasks on local processes, Dask or Ray.
 
-Each worker has a pipe of its own and one task at a time, so a worker that dies takes down exactly
-one known task: that task is run again on a fresh process, and named when it keeps killing them.
-What a task does is its caller's subject.
+Each local worker has a pipe of its own and one task at a time, so a worker that dies takes down
+exactly one known task: that task is run again on a fresh process, and named when it keeps killing
+them, with the record that it was at. What a task does is its caller's subject.
 """
 
 import argparse
 import collections
 import contextlib
+import functools
+import itertools
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from concurrent import futures
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess, parent_process
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from shards import clusters
 from shards.storage import UserError
 
 Task = TypeVar("Task")
@@ -32,79 +38,169 @@ Result = TypeVar("Result")
 
 MAX_ATTEMPTS = 3
 PLAIN_PROGRESS_EVERY_S = 5.0
+DEFAULT_TIMEOUT_S = 600.0
+SLOTS_EVERY_S = 0.5
+ENGINES = ("local", "dask", "ray")
 
-_report_note: Callable[[str], None] | None = None
+_on_note: Callable[[str], None] | None = None
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who does the work, and within which limits."""
+
+    count: int
+    """Processes; 0: the calling one. Of a cluster at an address, its own are used instead."""
+    engine: str = "local"
+    address: str | None = None
+    timeout_s: float | None = None
+    """Between two notes of a task; a worker that stays silent for longer is killed."""
+    memory_bytes: int | None = None
+    """What a task may take in its worker, beside the program itself."""
 
 
 def note(text: str) -> None:
-    """Says what a task is working on, for the error message should it kill its worker."""
-    if _report_note is not None:
-        _report_note(text)
+    """Says which record a task is at: named, should it kill its worker or take too long.
+
+    An empty text says that it is at none; the time until the next note is not limited then.
+    """
+    if _on_note is not None:
+        _on_note(text)
 
 
 def run(
     function: Callable[[Task], Result],
     tasks: Iterable[Task],
-    workers: int,
+    workers: Workers | int,
     describe: Callable[[Task], str] = repr,
+    without: Callable[[Task, str], Task | None] | None = None,
 ) -> Generator[tuple[Task, Result], None, None]:
     """Yields `(task, function(task))` as tasks complete, in any order.
 
-    `function`, tasks and results must pickle. `workers` spawned processes share the work; with 0
-    it happens in this process. A task whose worker dies is tried up to `MAX_ATTEMPTS` times. An
-    exception inside `function` is raised here. When the iteration ends, for whatever reason, so
-    do the workers; who may leave it early closes it. When this process is killed, they end
-    themselves.
+    `function`, tasks and results must pickle. Processes, `workers` of them, share the work; with 0
+    it happens in this process. A task whose worker dies, stays silent for too long or runs out of
+    memory is tried up to `MAX_ATTEMPTS` times. An exception inside `function` is raised here. When
+    the iteration ends, for whatever reason, so do the workers; who may leave it early closes it.
+    When this process is killed, they end themselves. What a cluster at an address has begun is
+    waited for.
 
-    Raises `UserError` naming a task, and what it noted last, that killed every worker it had.
+    `without(task, record)` is the task without a record that it noted, or None where it cannot do
+    without it: it takes the place of a task that failed at this record in every attempt.
+
+    Raises `UserError` naming a task, and what it noted last, that failed in every attempt.
     """
-    if workers == 0:
-        for task in tasks:
-            yield task, function(task)
-        return
+    if isinstance(workers, int):
+        workers = Workers(workers)
+    if workers.count == 0:
+        return ((task, function(task)) for task in tasks)
+    if workers.engine == "local":
+        return _run_locally(function, tasks, workers, describe, without)
+    return _run_on_cluster(function, tasks, workers, describe, without)
+
+
+def _run_locally(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: Workers,
+    describe: Callable[[Task], str],
+    without: Callable[[Task, str], Task | None] | None,
+) -> Generator[tuple[Task, Result], None, None]:
     waiting = iter(tasks)
-    again: collections.deque[_Attempt[Task]] = collections.deque()
-    busy: dict[Connection, tuple[_Worker, _Attempt[Task]]] = {}
+    again: collections.deque[_Attempts[Task]] = collections.deque()
+    busy: dict[Connection, tuple[_Worker, _Attempts[Task]]] = {}
     idle: list[_Worker] = []
 
-    def next_attempt() -> _Attempt[Task] | None:
+    def next_task() -> _Attempts[Task] | None:
         if again:
             return again.popleft()
-        return next((_Attempt(task) for task in waiting), None)
+        return next((_Attempts(task) for task in waiting), None)
 
     try:
         while True:
-            while len(busy) < workers and (attempt := next_attempt()) is not None:
-                worker = idle.pop() if idle else _Worker.start(function)
-                busy[worker.connection] = worker, attempt
+            while len(busy) < workers.count and (attempts := next_task()) is not None:
+                worker = idle.pop() if idle else _Worker.start(function, workers)
+                attempts.notes.append("")
+                busy[worker.connection] = worker, attempts
                 # A worker that died while idle: its pipe reads as ended below.
                 with contextlib.suppress(OSError):
-                    worker.connection.send(attempt.task)
+                    worker.connection.send(attempts.task)
             if not busy:
                 return
             for ready in wait(list(busy)):
                 connection = cast(Connection, ready)
-                worker, attempt = busy[connection]
+                worker, attempts = busy[connection]
                 try:
                     kind, value = connection.recv()
                 except (EOFError, OSError):
-                    del busy[connection]
-                    attempt.deaths.append(worker.end())
-                    if len(attempt.deaths) >= MAX_ATTEMPTS:
-                        raise UserError(attempt.epitaph(describe)) from None
-                    again.append(attempt)
-                    continue
+                    kind, value = "death", None
                 if kind == "note":
-                    attempt.note = value
+                    attempts.notes[-1] = value
                     continue
                 del busy[connection]
+                if kind in ("death", "out of memory"):
+                    end = worker.end()
+                    attempts.ends.append(end if kind == "death" else kind)
+                    again.append(attempts.next(describe, without))
+                    continue
                 idle.append(worker)
                 if kind == "error":
                     raise value
-                yield attempt.task, value
+                yield attempts.task, value
     finally:
         for worker in (*idle, *(worker for worker, _ in busy.values())):
             worker.end()
+
+
+def _run_on_cluster(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: Workers,
+    describe: Callable[[Task], str],
+    without: Callable[[Task, str], Task | None] | None,
+) -> Generator[tuple[Task, Result], None, None]:
+    waiting = iter(tasks)
+    first = list(itertools.islice(waiting, 1))
+    if not first:
+        return
+    waiting = itertools.chain(first, waiting)
+    start = clusters.dask if workers.engine == "dask" else clusters.ray
+    call = functools.partial(_call, function, workers.timeout_s)
+    running: dict[futures.Future[tuple[str, Any]], Task] = {}
+    failed: list[Task] = []
+    with start(call, workers.count, workers.address) as cluster:
+        try:
+            while True:
+                num_free = max(1, cluster.slots()) - len(running)
+                for task in itertools.islice(waiting, max(0, num_free)):
+                    running[cluster.submit(task)] = task
+                if not running:
+                    break
+                # Now and then also to see whether there are more workers by now.
+                done, _ = futures.wait(running, SLOTS_EVERY_S, futures.FIRST_COMPLETED)
+                for future in done:
+                    task = running.pop(future)
+                    try:
+                        kind, value = future.result()
+                    except cluster.died:
+                        failed.append(task)
+                        continue
+                    except Exception as error:
+                        text = (str(error).strip() or repr(error)).splitlines()[0]
+                        raise UserError(
+                            f"{describe(task)}: {workers.engine} did not do it: {text}"
+                        ) from error
+                    if kind == "error":
+                        raise value
+                    if kind == "out of memory":
+                        failed.append(task)
+                    else:
+                        yield task, value
+        finally:
+            if workers.address is not None:
+                futures.wait(running)
+    # Nobody there can say at which record it was. A local worker can.
+    alone = replace(workers, count=1, engine="local", address=None)
+    yield from _run_locally(function, failed, alone, describe, without)
 
 
 def progress(
@@ -165,36 +261,120 @@ def _num_workers(text: str) -> int:
     return int(text)
 
 
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--workers`, and where the processes are and what they may take: see `chosen`."""
+    add_workers_option(parser)
+    add = parser.add_argument
+    add(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="who runs the processes; dask and ray start --workers of them on this machine, and "
+        "end them again, unless they are given an address (default: %(default)s)",
+    )
+    add(
+        "--engine-address",
+        metavar="HOST:PORT",
+        help="use all workers of a running cluster: tcp://HOST:PORT of a Dask scheduler (workers "
+        "of one thread), HOST:PORT of a Ray head. pixloom must be installed there, and SOURCE and "
+        "OUT be reachable by the same names from every worker",
+    )
+    add(
+        "--task-timeout",
+        type=_seconds,
+        default=DEFAULT_TIMEOUT_S,
+        metavar="SECONDS",
+        help="a process that is busy with one sample for longer is killed (default: %(default)g)",
+    )
+    add(
+        "--worker-memory",
+        type=_megabytes,
+        metavar="MB",
+        help="most memory for the samples in a process, beside what the program takes; of local "
+        "processes on Linux (default: no limit)",
+    )
+
+
+def chosen(args: argparse.Namespace) -> Workers:
+    """What `add_engine_options` was given. Raises `UserError` for what does not go together."""
+    if args.engine != "local" and args.workers == 0:
+        raise UserError(f"--workers 0: --engine {args.engine} needs at least one process")
+    if args.engine == "local" and args.engine_address is not None:
+        raise UserError(f"--engine-address {args.engine_address}: add --engine dask or ray")
+    if args.worker_memory is not None and (args.engine != "local" or args.workers == 0):
+        raise UserError(
+            "--worker-memory limits the processes of --engine local; "
+            f"with --engine {args.engine} --workers {args.workers} there are none"
+        )
+    return Workers(
+        args.workers,
+        args.engine,
+        args.engine_address,
+        args.task_timeout,
+        args.worker_memory * 10**6 if args.worker_memory is not None else None,
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r}: write seconds, as in 60")
+    return value
+
+
+def _megabytes(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 10**9:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number of megabytes, as in 500")
+    return int(text)
+
+
 @dataclass
-class _Attempt(Generic[Task]):
-    """A task on its way through workers, and how the ones it had so far ended."""
+class _Attempts(Generic[Task]):
+    """A task on its way through workers: what it noted last in each, and how that one ended."""
 
     task: Task
-    deaths: list[str] = field(default_factory=list)
-    note: str = ""
+    notes: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
 
-    def epitaph(self, describe: Callable[[Task], str]) -> str:
-        at = f", the last time at {self.note}" if self.note else ""
-        return (
-            f"{describe(self.task)}: its worker process died {len(self.deaths)} times "
-            f"({self.deaths[-1]}){at}; remove what it was working on, or give it more memory"
+    def next(
+        self,
+        describe: Callable[[Task], str],
+        without: Callable[[Task, str], Task | None] | None,
+    ) -> "_Attempts[Task]":
+        """What to try after a failure. Raises `UserError` when there is nothing left to try."""
+        if len(self.ends) < MAX_ATTEMPTS:
+            return self
+        at = f", the last time at {self.notes[-1]!a}" if self.notes[-1] else ""
+        text = (
+            f"{describe(self.task)}: its worker process died {len(self.ends)} times "
+            f"({self.ends[-1]}){at}"
         )
+        if without is not None and len(set(self.notes)) == 1:
+            rest = without(self.task, self.notes[-1])
+            if rest is not None:
+                print(f"{text}; left out", file=sys.stderr, flush=True)
+                return _Attempts(rest)
+        raise UserError(f"{text}; remove what it was working on, or give it more memory")
 
 
 @dataclass(frozen=True)
 class _Worker:
     process: BaseProcess
     connection: Connection
+    timeout_s: float | None
 
     @classmethod
-    def start(cls, function: Callable[[Any], Any]) -> "_Worker":
+    def start(cls, function: Callable[[Any], Any], limits: Workers) -> "_Worker":
         # Spawned, not forked: a fork copies locks that other threads hold.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(function, theirs), daemon=True)
+        process = context.Process(target=_serve, args=(function, theirs, limits), daemon=True)
         process.start()
         theirs.close()
-        return cls(process, ours)
+        return cls(process, ours, limits.timeout_s)
 
     def end(self) -> str:
         """Stops the process where it still runs; returns how it ended."""
@@ -203,23 +383,61 @@ class _Worker:
         self.process.kill()
         self.process.join()
         code = self.process.exitcode or 0
+        if code == -signal.SIGALRM:
+            return f"silent for {self.timeout_s:g} s"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
-def _serve(function: Callable[[Any], Any], connection: Connection) -> None:
+def _serve(function: Callable[[Any], Any], connection: Connection, limits: Workers) -> None:
     """A worker's whole life: one task after another until the pipe ends."""
-    global _report_note
+    global _on_note
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends us.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _report_note = lambda text: connection.send(("note", text))  # noqa: E731
+    if limits.memory_bytes is not None:
+        _limit_memory(limits.memory_bytes)
+
+    def report(text: str) -> None:
+        connection.send(("note", text))
+        _set_alarm(limits.timeout_s if text else None)
+
+    _on_note = report
     with contextlib.suppress(EOFError, OSError):
         while True:
-            task = connection.recv()
-            try:
-                reply = ("result", function(task))
-            except Exception as error:
-                reply = ("error", _portable(error))
-            connection.send(reply)
+            connection.send(_reply(function, connection.recv()))
+
+
+def _call(function: Callable[[Task], Any], timeout_s: float | None, task: Task) -> tuple[str, Any]:
+    """Does one task in a worker of a cluster."""
+    global _on_note
+    _on_note = lambda text: _set_alarm(timeout_s if text else None)  # noqa: E731
+    return _reply(function, task)
+
+
+def _reply(function: Callable[[Task], Any], task: Task) -> tuple[str, Any]:
+    try:
+        return "result", function(task)
+    except Exception as error:
+        # What has a record's name to say makes it its cause.
+        if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+            return "out of memory", None
+        return "error", _portable(error)
+    finally:
+        _set_alarm(None)
+
+
+def _set_alarm(seconds: float | None) -> None:
+    # The kernel's, whose default is to end the process: a decoder in an endless loop may never
+    # give Python's own threads and handlers a turn.
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """From here on this process may allocate so much more; where Linux counts it."""
+    with contextlib.suppress(FileNotFoundError):
+        status = Path("/proc/self/status").read_text()
+        [used] = [line.split()[1] for line in status.splitlines() if line.startswith("VmData:")]
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (int(used) * 1024 + num_bytes, hard))
 
 
 def _end_with_parent() -> None:

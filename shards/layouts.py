@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
 from shards import engines, storage, tables, tarfiles
+from shards.engines import Workers
 from shards.format import IMAGE_EXTENSIONS, TOKENS_EXTENSION, Kind
 from shards.sources import CODE_SUFFIXES, Listing, Place, RawPair, Skip, list_folder
 from shards.storage import UserError
@@ -46,7 +47,7 @@ def list_source(
     code_suffix: str | None = None,
     columns: Columns | None = None,
     by_name: bool = False,
-    workers: int = 0,
+    workers: Workers | int = 0,
 ) -> Listing:
     """Finds the samples of `source`: a folder, one table or tar, or several by a pattern.
 
@@ -253,7 +254,7 @@ def _inside(root: str) -> Callable[[str], bool]:
 
 
 def list_shards(
-    root: str, names: Sequence[str], kind: str, code_suffix: str | None, workers: int
+    root: str, names: Sequence[str], kind: str, code_suffix: str | None, workers: Workers | int
 ) -> Listing:
     """The samples of the WebDataset shards `names` below `root`, by the rules of `pixloom index`:
     neighbouring members of one key, an image and, for pairs, its text. Only headers are read.

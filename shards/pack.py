@@ -27,6 +27,7 @@ from PIL import ImageColor
 from tokenizers import Tokenizer
 
 from shards import engines, images, layouts, plan, sources, storage, tokens, verify
+from shards.engines import Workers
 from shards.format import (
     MANIFEST_NAME,
     PLAN_NAME,
@@ -67,6 +68,8 @@ class ShardTask:
     tokenizer_sha256: str | None
     max_tokens: int | None
     plan_hash: str
+    poison: frozenset[str] = frozenset()
+    """Images to leave out, for they have cost the workers before this one their lives."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,8 @@ def write_shard(task: ShardTask) -> tuple[Receipt, list[Skip]]:
     tokenizer = None
     if task.tokenizer_sha256 is not None:
         tokenizer = _load_tokenizer(join(task.out, TOKENIZER_NAME), task.tokenizer_sha256)
+    if storage.is_remote(task.out):
+        task.scratch.mkdir(parents=True, exist_ok=True)  # This may be another machine.
     path = task.scratch / name.replace("/", "-")
     skips: list[Skip] = []
     num_tokens: list[int] = []
@@ -156,6 +161,7 @@ def write_shard(task: ShardTask) -> tuple[Receipt, list[Skip]]:
                 else:
                     tar.add(sample.key, members)
         sha256 = tar.close()
+    engines.note("")
     entry = ShardEntry(name, len(tar.spans), tar.num_bytes, sha256)
     receipt = Receipt(
         shard=entry,
@@ -176,7 +182,7 @@ def draft(
     listing: Listing,
     options: Options,
     tokenizer_json: str | None,
-    workers: int,
+    workers: Workers | int,
     *,
     max_bad: int | None = None,
 ) -> Draft:
@@ -218,7 +224,7 @@ def pack(
     source: str,
     out: str,
     made: Draft,
-    workers: int,
+    workers: Workers | int,
     *,
     overwrite: bool = False,
     max_bad: int | None = None,
@@ -258,7 +264,7 @@ def pack(
         total = sum(len(task.shard.samples) for task in todo)
         # Closed before the folder is given up: no worker still writes there then.
         with (
-            closing(engines.run(write_shard, todo, workers, _name_of)) as written,
+            closing(engines.run(write_shard, todo, workers, _name_of, _without)) as written,
             closing(engines.progress(written, total, "packed", _count_samples, _cost)) as shown,
         ):
             for task, (receipt, shard_skips) in shown:
@@ -312,6 +318,8 @@ def _make_members(
     tokenizer: Tokenizer | None,
     num_tokens: list[int],
 ) -> dict[str, bytes] | Skip:
+    if sample.image in task.poison:
+        return Skip(plan.POISON, sample.image)
     data = _read_planned(
         task.source, read, FileRead(sample.image, place=sample.image_place), sample.image_sha256
     )
@@ -360,6 +368,12 @@ def _load_tokenizer(url: str, sha256: str) -> Tokenizer:
 
 def _name_of(task: ShardTask) -> str:
     return task.shard.name
+
+
+def _without(task: ShardTask, image: str) -> ShardTask | None:
+    if all(sample.image != image for sample in task.shard.samples):
+        return None
+    return dataclasses.replace(task, poison=task.poison | {image})
 
 
 def _count_samples(done: tuple[ShardTask, tuple[Receipt, list[Skip]]]) -> int:
@@ -481,7 +495,7 @@ def _publish_changed(text: str, url: str, scratch: Path) -> None:
         storage.publish_text(text, url, scratch)
 
 
-def _valid_receipts(out: str, new: Plan, workers: int) -> dict[str, Receipt]:
+def _valid_receipts(out: str, new: Plan, workers: Workers | int) -> dict[str, Receipt]:
     """Receipts of this plan whose shard and index are on storage as they say."""
     found = _read_receipts(out, new, storage.list_files(out))
     claimed = {
@@ -676,7 +690,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("the run")
     add = group.add_argument
-    engines.add_workers_option(parser)
+    engines.add_engine_options(parser)
     add(
         "--max-bad",
         type=_limit,
@@ -723,7 +737,7 @@ def _count(text: str) -> int:
     return value
 
 
-def _prepare(args: argparse.Namespace) -> tuple[Listing, Options, str | None]:
+def _prepare(args: argparse.Namespace, workers: Workers) -> tuple[Listing, Options, str | None]:
     """Listing, options and given tokenizer of a command line. Raises `UserError`."""
     if storage.is_inside(args.out, args.source):
         raise UserError(f"{args.out}: OUT lies in SOURCE, the next pack would read it; choose "
@@ -745,7 +759,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Listing, Options, str | None]:
         code_suffix=args.code_suffix,
         columns=columns,
         by_name=split == plan.FOLDERS,
-        workers=args.workers,
+        workers=workers,
     )
     tokenizer, tokenizer_json = _choose_tokenizer(args, listing.kind)
     by_source = split in (plan.FOLDERS, plan.COLUMN)
@@ -925,14 +939,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def action() -> int:
         start = time.monotonic()
-        listing, options, tokenizer_json = _prepare(args)
+        workers = engines.chosen(args)
+        if workers.address is not None:
+            # Workers there have other working folders.
+            args.source, args.out = storage.absolute(args.source), storage.absolute(args.out)
+        listing, options, tokenizer_json = _prepare(args, workers)
         try:
             made = draft(
                 listing.root,
                 listing,
                 options,
                 tokenizer_json,
-                args.workers,
+                workers,
                 max_bad=args.max_bad,
             )
             if args.dry_run:
@@ -945,7 +963,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 listing.root,
                 args.out,
                 made,
-                args.workers,
+                workers,
                 overwrite=args.overwrite,
                 max_bad=args.max_bad,
             )
@@ -961,4 +979,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Under its own name: workers of a cluster do not have our __main__.
+    from shards.pack import main
+
     sys.exit(main())

@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import Any
 
 from shards import engines, images, sources, tokens
+from shards.engines import Workers
 from shards.format import TAR_BLOCK_BYTES, FormatError, ImagePolicy, Kind
 from shards.sources import (
     MAX_CODE_BYTES,
@@ -40,6 +41,9 @@ PLAN_FORMAT = "pixloom plan"
 FOLDERS, COLUMN = "folders", "column"
 """Values of `Options.split`: the source says which split a sample is of."""
 CHUNK = 64
+
+POISON = "poison"
+"""The cause of skips whose samples end, block or overfill each process that works on them."""
 
 SplitSpec = Mapping[str, int | Decimal | None]
 """Split name -> number of groups, share of the groups that numbers leave, or None: the rest."""
@@ -251,11 +255,13 @@ def count_groups(spec: SplitSpec, num_groups: int) -> dict[str, int]:
     return counts
 
 
-def scan(root: str, listing: Listing, workers: int) -> tuple[list[Record], list[Skip]]:
+def scan(root: str, listing: Listing, workers: Workers | int) -> tuple[list[Record], list[Skip]]:
     """Reads and hashes every listed sample; refuses what its header or its text rules out."""
     pieces = _pieces([pair.block for pair in listing.pairs])
-    chunks = [(root, listing.pairs[start:stop], start) for start, stop in pieces]
-    results = engines.run(_scan_chunk, chunks, workers, lambda chunk: f"scan of {chunk[1][0]}")
+    chunks = [_Chunk(root, listing.pairs[start:stop], start) for start, stop in pieces]
+    results = engines.run(
+        _scan_chunk, chunks, workers, lambda chunk: f"scan from {chunk.pairs[0].image}", _without
+    )
     shown = engines.progress(
         results,
         len(listing.pairs),
@@ -264,13 +270,15 @@ def scan(root: str, listing: Listing, workers: int) -> tuple[list[Record], list[
         lambda done: _cost(done[1]),
     )
     found: list[Record | Skip] = []
-    for _, chunk in sorted(((task[2], chunk) for task, chunk in shown), key=lambda row: row[0]):
+    for _, chunk in sorted(((task.start, chunk) for task, chunk in shown), key=lambda row: row[0]):
         found += chunk
     records = [one for one in found if isinstance(one, Record)]
     return records, [one for one in found if isinstance(one, Skip)]
 
 
-def train_tokenizer(root: str, records: Sequence[Record], options: Options, workers: int) -> str:
+def train_tokenizer(
+    root: str, records: Sequence[Record], options: Options, workers: Workers | int
+) -> str:
     """The `tokenizer.json` that `options` ask for, trained on the code of `records`."""
     pairs = [one.pair for one in records if one.pair.code is not None]
     # Files of a block together and in their order, as they are quickest to read.
@@ -459,13 +467,31 @@ def differences(old: Plan, new: Plan) -> list[str]:
     return changes or ["the version of pixloom or of its libraries"]
 
 
-def _scan_chunk(task: tuple[str, Sequence[RawPair], int]) -> list[Record | Skip]:
-    root, pairs, _ = task
-    found = []
-    with sources.reading(root, _files(pairs)) as read:
-        for pair in pairs:
+@dataclass(frozen=True)
+class _Chunk:
+    """The listed pairs from the `start`-th on, some of them; `poison` are images to leave out."""
+
+    root: str
+    pairs: Sequence[RawPair]
+    start: int
+    poison: frozenset[str] = frozenset()
+
+
+def _without(chunk: _Chunk, image: str) -> _Chunk | None:
+    if all(pair.image != image for pair in chunk.pairs):
+        return None
+    return dataclasses.replace(chunk, poison=chunk.poison | {image})
+
+
+def _scan_chunk(chunk: _Chunk) -> list[Record | Skip]:
+    found: list[Record | Skip] = []
+    with sources.reading(chunk.root, _files(chunk.pairs)) as read:
+        for pair in chunk.pairs:
+            if pair.image in chunk.poison:
+                found.append(Skip(POISON, pair.image))
+                continue
             engines.note(pair.image)
-            with images.memory_explained(f"{root}/{pair.image}"):
+            with images.memory_explained(f"{chunk.root}/{pair.image}"):
                 found.append(_scan_pair(read, pair))
     return found
 

@@ -1,15 +1,27 @@
+"""One contract for all engines, and what only local processes do."""
+
+import argparse
+import importlib.util
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 
-from shards import engines
+from shards import clusters, engines, pack
+from shards.engines import Workers
 from shards.storage import UserError
+
+PACKAGES = {"dask": "distributed", "ray": "ray"}
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 # Workers import a task's module by name; this file, which pytest imports from its path, has none.
 TASKS = """
@@ -34,6 +46,28 @@ def die_at_three(task):
         os._exit(7)
     return task
 
+def work_through(records):
+    # Each of them may be poison: its name says of which kind.
+    done = []
+    for record in records:
+        engines.note(record)
+        if record == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if record == "hang":
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+            while True:
+                signal.pause()
+        if record == "eat":
+            engines.eaten = [bytes(2**20) for _ in range(2**20)]
+        done.append(record)
+    engines.note("")
+    time.sleep(0.5)
+    return done
+
+def sleep_and_touch(path):
+    time.sleep(0.1)
+    Path(path).touch()
+
 def refuse(task):
     raise UserError(f"task {task} is refused")
 
@@ -50,6 +84,19 @@ def fail_unpicklably(task):
 def report_and_wait(folder):
     (Path(folder) / f"{os.getpid()}.pid").touch()
     signal.pause()
+
+def do(task):
+    folder, what = task
+    if what == "refuse":
+        while not list(Path(folder).glob("*.pid")):
+            time.sleep(0.01)
+        raise UserError(f"{what!r} is refused")
+    if what == "die once" and not (Path(folder) / "died").exists():
+        (Path(folder) / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "wait":
+        report_and_wait(folder)
+    return len(what) ** 2 if what == "square" else len(what)
 """
 
 
@@ -64,17 +111,166 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-u
     sys.modules.pop(name, None)
 
 
+@pytest.fixture(params=engines.ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    """Where an engine is not installed, its tests are skipped; never in continuous integration."""
+    package = PACKAGES.get(request.param)
+    missing = package is not None and importlib.util.find_spec(package) is None
+    if missing and not os.environ.get("CI"):
+        pytest.skip(f"{package} is not installed")
+    return str(request.param)
+
+
+def test_a_killed_worker_is_replaced_and_an_error_ends_all_of_them(  # type: ignore[no-untyped-def]
+    tasks, engine: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = _descendants()
+    work = [(str(tmp_path), what) for what in ("square", "square", "die once", "wait", "refuse")]
+    done = []
+
+    def run_all() -> None:
+        for task, result in engines.run(tasks.do, work, Workers(2, engine)):
+            done.append((task[1], result))
+
+    with pytest.raises(UserError, match=r"^'refuse' is refused$"):
+        run_all()
+    assert sorted(done) == [("die once", 8), ("square", 36), ("square", 36)]
+    assert (tmp_path / "died").exists()
+    waiting = {int(path.stem) for path in tmp_path.glob("*.pid")}
+    assert waiting
+    assert waiting.isdisjoint(psutil.pids())
+    assert _descendants() == before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_record_that_always_ends_its_worker_is_named(  # type: ignore[no-untyped-def]
+    tasks, engine: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    poison, cause = ("hang", "silent for 0.4 s") if engine == "dask" else ("kill", ".* SIGKILL")
+    work = [["b", poison, "c"]]
+    with pytest.raises(UserError, match=rf"^shard \['b'.* 3 times \({cause}\).* at '{poison}'"):
+        list(
+            engines.run(
+                tasks.work_through,
+                work,
+                Workers(1, engine, timeout_s=0.4),
+                lambda task: f"shard {task}",
+            )
+        )
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_bytes_do_not_depend_on_the_engine(
+    engine: str,
+    make_pairs: Callable[..., Path],
+    hash_tree: Callable[[Path], dict[str, str]],
+    tmp_path: Path,
+) -> None:
+    raw = make_pairs(12)
+    options = ["--shard-samples", "4", "--size", "20x12", "--encode", "webp", "--kind", "images"]
+    assert pack.main([str(raw), str(tmp_path / "0"), *options, "--workers", "0"]) == 0
+    expected = hash_tree(tmp_path / "0")
+    # Names that hold where this process is mean nothing elsewhere.
+    words = [raw.name, "out", *options, "--engine", engine, "--workers", "2"]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "shards.pack", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    noise = [line for line in done.stderr.splitlines() if not re.search(r" a second$", line)]
+    assert (done.returncode, noise) == (0, [])
+    assert done.stdout.splitlines()[0].startswith("train: ")
+    assert hash_tree(tmp_path / "out") == expected
+
+
+def test_poisonous_records_are_left_out_and_the_rest_is_done(  # type: ignore[no-untyped-def]
+    tasks, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def without(task: list[str], record: str) -> list[str] | None:
+        return [one for one in task if one != record] if record in task else None
+
+    work = [["a", "kill", "b"], ["c", "d"], ["hang"], ["e", "eat", "kill"]]
+    # The last pause of a task is longer than the time that a record has.
+    workers = Workers(2, timeout_s=0.4, memory_bytes=50 * 2**20)
+    run = engines.run(tasks.work_through, work, workers, lambda task: f"shard {task}", without)
+    assert sorted(result for _, result in run) == [[], ["a", "b"], ["c", "d"], ["e"]]
+    error = capfd.readouterr().err
+    for poison, cause, count in [
+        ("kill", "killed by SIGKILL", 2),
+        ("hang", "silent for 0.4 s", 1),
+        ("eat", "out of memory", 1),
+    ]:
+        said = f"died 3 times ({cause}), the last time at '{poison}'; left out\n"
+        assert error.count(said) == count
+
+
+def test_who_leaves_early_closes(tasks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    before = _descendants()
+    work = [(str(tmp_path), what) for what in ("wait", "square", "square")]
+    with closing(engines.run(tasks.do, work, 2)) as results:
+        assert next(results)[1] == 36
+    assert _descendants() == before
+
+
+def test_a_cluster_that_is_there_already(tasks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    distributed = pytest.importorskip("distributed")
+    before = _descendants()
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=logging.CRITICAL
+    ) as cluster:
+        workers = Workers(1, "dask", cluster.scheduler_address)
+        assert dict(engines.run(tasks.square, range(9), workers)) == {n: n * n for n in range(9)}
+        with closing(engines.run(tasks.sleep_and_touch, _paths(tmp_path), workers)) as results:
+            next(results)
+        # No worker does anything in our name any more.
+        found = set(tmp_path.glob("touched*"))
+        assert found
+        assert len(cluster.scheduler_info["workers"]) == 2
+        time.sleep(0.5)
+        assert set(tmp_path.glob("touched*")) == found
+    assert _descendants() == before
+
+
+def test_an_address_where_nothing_answers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "CONNECT_S", 1)
+    pytest.importorskip("distributed") if not os.environ.get("CI") else None
+    with pytest.raises(UserError, match=r"--engine-address tcp://127\.0\.0\.1:9: dask does"):
+        list(engines.run(str, [1], Workers(1, "dask", "tcp://127.0.0.1:9")))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--engine dask --workers 0", "--workers 0: --engine dask needs"),
+        ("--engine-address tcp://a:1", "--engine-address tcp://a:1: add --engine"),
+        ("--worker-memory 100 --workers 0", "--worker-memory limits"),
+        ("--worker-memory 100 --engine ray", "--worker-memory limits"),
+    ],
+)
+def test_options_that_do_not_go_together(words: str, named: str) -> None:
+    parser = argparse.ArgumentParser()
+    engines.add_engine_options(parser)
+    with pytest.raises(UserError, match=named):
+        engines.chosen(parser.parse_args(words.split()))
+
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, package in PACKAGES.items():
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(UserError, match=rf'pip install "pixloom\[{name}\]"') as caught:
+            list(engines.run(str, [1], Workers(1, name)))
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_every_task_is_run_once(tasks, workers: int) -> None:  # type: ignore[no-untyped-def]
     results = list(engines.run(tasks.square, iter(range(20)), workers))
     assert sorted(results) == [(task, task * task) for task in range(20)]
     assert list(engines.run(tasks.square, [], workers)) == []
-
-
-def test_a_worker_killed_once_is_replaced(tasks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    names = [str(tmp_path / f"marker{at}") for at in range(3)]
-    results = dict(engines.run(tasks.die_once, names, 2))
-    assert results == {name: Path(name).name for name in names}
 
 
 def test_a_task_that_always_kills_its_worker_is_named(tasks) -> None:  # type: ignore[no-untyped-def]
@@ -84,7 +280,7 @@ def test_a_task_that_always_kills_its_worker_is_named(tasks) -> None:  # type: i
         for task, _ in engines.run(tasks.die_at_three, range(8), 2, lambda task: f"shard {task}"):
             found.append(task)
 
-    with pytest.raises(UserError, match=r"shard 3: .* died 3 times \(exit status 7\).* record 3"):
+    with pytest.raises(UserError, match=r"shard 3: .* died 3 times \(exit status 7\).* 'record 3'"):
         run_all()
     assert 3 not in found
 
@@ -118,6 +314,16 @@ def test_workers_end_with_their_killed_driver(tasks, tmp_path: Path) -> None:  #
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     _wait_until(lambda: not any(map(_runs, workers)))
+
+
+def _paths(folder: Path) -> list[str]:
+    return [str(folder / f"touched{at}") for at in range(20)]
+
+
+def _descendants() -> set[psutil.Process]:
+    """But for Python's own process that counts semaphores: it ends with us."""
+    found = psutil.Process().children(recursive=True)
+    return {one for one in found if "resource_tracker" not in " ".join(one.cmdline())}
 
 
 def _runs(pid: int) -> bool:

@@ -431,9 +431,9 @@ def test_the_lock_is_held_until_no_worker_runs(
     events = []
     engine, exclusive = engines.run, storage.exclusive
 
-    def run_and_note(function: Any, tasks: Any, workers: int, describe: Any) -> Iterator[Any]:
+    def run_and_note(function: Any, *arguments: Any) -> Iterator[Any]:
         try:
-            yield from engine(function, tasks, workers, describe)
+            yield from engine(function, *arguments)
         finally:
             if function is pack.write_shard:
                 events.append("workers ended")
@@ -470,6 +470,65 @@ def test_want_of_memory_stops_the_pack_and_names_the_image(
         assert not (out / "manifest.json").exists()
     assert run(raw, out) == 0
     assert storage.load_manifest(str(out)).skips == {}
+
+
+def test_an_image_that_needs_too_much_memory_is_left_out_and_the_rest_packed(
+    make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = make_pairs(8), tmp_path / "out"
+    Image.new("RGB", (6000, 5000)).save(raw / "huge.png")  # 120 MB of pixels in 90 kB
+    (raw / "huge.gui").write_text("huge")
+    (raw / "long.png").write_bytes((raw / "a" / "0001.png").read_bytes())
+    os.truncate(raw / "long.png", 200 * 2**20)
+    (raw / "long.gui").write_text("long")
+    options = ["--shard-samples", "3", "--split", "train=1", "--size", "20x12"]
+    arguments = [str(raw), str(out), *options, "--workers", "2", "--worker-memory", "60"]
+    assert pack.main([*arguments, "--max-bad", "1"]) == 1
+    scanned, written, stopped = capsys.readouterr().err.splitlines()
+    assert re.match(r"scan from .* died 3 times \(out of memory\), .* 'long.png'; left", scanned)
+    assert re.match(r"train/\d+.tar: .* 3 times \(out of memory\), .* 'huge.png'; left", written)
+    assert "--max-bad allows 1: 2 poison: 'long.png', 'huge.png'" in stopped
+    assert pack.main(arguments) == 0
+    # The receipt says how many.
+    assert capsys.readouterr().err.endswith("skipped 2: 2 poison: 'long.png', ...\n")
+    manifest = storage.load_manifest(str(out))
+    assert manifest.skips == {"poison": 2}
+    assert manifest.num_samples("train") == 8
+    words = [*arguments[:2], *options, "--overwrite", "--workers", "2"]
+    assert pack.main(words) == 0
+    assert storage.load_manifest(str(out)).num_samples("train") == 10
+
+
+def test_poison_is_a_skip_like_others(make_pairs: MakePairs, tmp_path: Path) -> None:
+    """At the level of a task: who finds it out is the engine, see its tests."""
+    raw, out = make_pairs(6), tmp_path / "out"
+    tasks = []
+    engine = engines.run
+
+    def run_poisoned(function: Any, work: Any, *arguments: Any) -> Iterator[Any]:
+        if function is not pack.write_shard:
+            yield from engine(function, work, *arguments)
+            return
+        for task in work:
+            without = arguments[-1]
+            assert without(task, "a/9999.png") is None
+            first, second = (sample.image for sample in task.shard.samples[:2])
+            tasks.append(without(without(task, first), second))
+            assert tasks[-1].poison == {first, second}
+            yield tasks[-1], function(tasks[-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "run", run_poisoned)
+        assert run(raw, out, "--split", "train=1", "--shard-samples", 3) == 0
+    assert len(tasks) == 2
+    assert storage.load_manifest(str(out)).skips == {"poison": 4}
+    assert not set(source_names(out)) & (tasks[0].poison | tasks[1].poison)
+    assert len(packed_samples(out)) == 2
+    assert run(raw, out, "--split", "train=1", "--shard-samples", 3, "--max-bad", 3) == 1
+    receipts = list(out.glob("train/*.json"))
+    receipts[0].unlink()  # As the README has it: the shard is tried again.
+    assert run(raw, out, "--split", "train=1", "--shard-samples", 3) == 0
+    assert storage.load_manifest(str(out)).skips == {"poison": 2}
 
 
 def fail_for_want_of_memory(*arguments: object, **options: object) -> None:

@@ -1,0 +1,231 @@
+"""Dask and Ray behind one interface: tasks are sent, futures come back.
+
+A cluster is used at an address, or started on this machine and ended again. Either way it is kept
+quiet: its warnings and logs would reach a user who did not write the code they speak of. What is
+done with the futures, and with tasks whose workers died, is the subject of `shards.engines`.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from typing import Any
+
+from shards.errors import UserError, redact
+
+CONNECT_S = 60
+ATTEMPTS = 2
+"""How often a task is tried whose worker dies each time."""
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Of a Ray of our own, which would take a third of the machine's memory."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A place where tasks are done."""
+
+    submit: Callable[[Any], "Future[Any]"]
+    slots: Callable[[], int]
+    """How many tasks it can do at a time."""
+    died: tuple[type[Exception], ...]
+    """What the future of a task raises whose worker died in each of the `ATTEMPTS`."""
+
+
+@contextlib.contextmanager
+def dask(call: Callable[[Any], Any], num_workers: int, address: str | None) -> Iterator[Cluster]:
+    """Tasks are done by Dask, as `call(task)`.
+
+    Without an address, by `num_workers` processes of one thread that end with the block. Raises
+    `UserError`.
+    """
+    with _explained("dask", "distributed", address), _no_warnings(), _no_interrupts():
+        import dask as library
+        import distributed
+    settings = {
+        "distributed.scheduler.allowed-failures": ATTEMPTS - 1,
+        "distributed.scheduler.worker-saturation": 1.0,
+        "distributed.admin.large-graph-warning-threshold": "1 TB",
+    }
+    stack = contextlib.ExitStack()
+    with _quiet("distributed"), library.config.set(settings):
+        try:
+            with _explained("dask", "distributed", address), _no_warnings(), _no_interrupts():
+                where: Any = address
+                if address is None:
+                    folder = tempfile.TemporaryDirectory(
+                        prefix="pixloom-dask-", ignore_cleanup_errors=True
+                    )
+                    where = stack.enter_context(
+                        distributed.LocalCluster(
+                            n_workers=num_workers,
+                            threads_per_worker=1,
+                            dashboard_address=None,
+                            local_directory=stack.enter_context(folder),
+                            # It would stop to give tasks to workers that are above their part.
+                            memory_limit=0,
+                            silence_logs=logging.CRITICAL,
+                        )
+                    )
+                client = stack.enter_context(
+                    distributed.Client(where, timeout=CONNECT_S, set_as_default=False)
+                )
+                client.wait_for_workers(1, timeout=CONNECT_S)
+            executor = client.get_executor(pure=False)
+            yield Cluster(
+                submit=lambda task: executor.submit(call, task),
+                slots=lambda: sum(client.nthreads().values()),
+                died=(distributed.KilledWorker,),
+            )
+        finally:
+            with _no_warnings():
+                stack.close()
+
+
+@contextlib.contextmanager
+def ray(call: Callable[[Any], Any], num_workers: int, address: str | None) -> Iterator[Cluster]:
+    """Tasks are done by Ray, as `call(task)`.
+
+    Without an address, by `num_workers` processes that end with the block. Raises `UserError`.
+    """
+    with _explained("ray", "ray", address), _no_warnings():
+        import ray as library
+
+    def work(task: Any) -> Any:
+        return call(task)
+
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)  # noqa: PTH100
+    environment = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "PYTHONPATH": path,
+    }
+    local: dict[str, Any] = {"address": address}
+    stack = contextlib.ExitStack()
+    try:
+        with _explained("ray", "ray", address), _no_warnings(), _environment(environment):
+            if address is None:
+                folder = tempfile.TemporaryDirectory(
+                    # Paths of sockets below it must be short.
+                    prefix="pixloom-ray-", dir="/tmp", ignore_cleanup_errors=True
+                )  # fmt: skip
+                local = {
+                    "address": "local",
+                    "num_cpus": num_workers,
+                    "num_gpus": 0,
+                    "include_dashboard": False,
+                    "object_store_memory": OBJECT_STORE_BYTES,
+                    "_temp_dir": stack.enter_context(folder),
+                }
+            stack.enter_context(_quiet("ray"))
+            stack.enter_context(_no_news_of_workers(library))
+            stack.enter_context(_kept_signal_handler(signal.SIGTERM))
+            stack.callback(library.shutdown, wait_for_processes=True)
+            library.init(**local, log_to_driver=False, configure_logging=False)
+            remote = library.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(work)
+        yield Cluster(
+            submit=lambda task: remote.remote(task).future(),
+            slots=lambda: int(library.cluster_resources().get("CPU", 0)),
+            died=(
+                library.exceptions.WorkerCrashedError,
+                library.exceptions.OutOfMemoryError,
+                library.exceptions.NodeDiedError,
+            ),
+        )
+    finally:
+        with _no_warnings():
+            stack.close()
+
+
+@contextlib.contextmanager
+def _explained(engine: str, package: str, address: str | None) -> Iterator[None]:
+    """Turns what goes wrong while a cluster is started into a `UserError`."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"--engine {engine}: the package {package} is not installed; "
+            f'pip install "pixloom[{engine}]"'
+        ) from error
+    except Exception as error:
+        where = f"--engine-address {address}" if address else f"--engine {engine}"
+        text = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(redact(f"{where}: {engine} does not start: {text}")) from error
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Ctrl-C is for this thread: threads started in the block never get it, nor their processes."""
+    resource_tracker.ensure_running()  # which would let it through again in the first such thread
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _quiet(package: str) -> Iterator[None]:
+    """Silences the loggers of an imported package."""
+    names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] == package]
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _no_news_of_workers(ray_library: Any) -> Iterator[None]:
+    """Ray prints on stdout that a worker died, whatever it is told of logging."""
+    module = ray_library._private.worker
+    module._worker_logs_enabled, was = False, module._worker_logs_enabled
+    try:
+        yield
+    finally:
+        module._worker_logs_enabled = was
+
+
+@contextlib.contextmanager
+def _environment(added: Mapping[str, str]) -> Iterator[None]:
+    """Variables that processes started in the block have."""
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _kept_signal_handler(number: int) -> Iterator[None]:
+    """The handler at the block's end is the one at its beginning; not in other threads."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        signal.signal(number, handler)
