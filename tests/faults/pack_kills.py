@@ -158,8 +158,8 @@ class Campaign:
         hit = [line for line in trace.splitlines() if "(INJECTED)" in line]
         if fault == "SIGKILL":
             self.totals.kills_at_calls += 1
-            lines = [line for line in trace.splitlines() if f" {call.name}(" in line]
-            if status != -signal.SIGKILL or str(out) not in lines[-1]:
+            # Of the last call not all of the arguments may be told.
+            if status != -signal.SIGKILL or trace.count(f" {call.name}(") != call.number:
                 self.violation(f"{what}: missed, the pack ended with {status}", out, said)
         else:
             self.totals.failed_calls += 1
@@ -168,6 +168,7 @@ class Campaign:
                 self.violation(f"{what}: missed", out, said)
             elif status == 0 and tree(out) == expected:
                 self.totals.failures_without_effect += 1
+                print(f"without effect: {what}", file=sys.stderr, flush=True)
             elif status != 2 or len(lines) != 1 or str(out) not in said or "Traceback" in said:
                 self.violation(f"{what}: exit status {status}", out, said)
         status, said = self.plain(words)
@@ -232,7 +233,7 @@ class Campaign:
 
     def kill_at_random(self) -> None:
         raw, whole = self.folder / "many", self.folder / "whole"
-        make_pairs(raw, 96, (480, 300), random.Random(6))
+        make_pairs(raw, 64, (320, 200), random.Random(6))
         options = ["--shard-samples", "2", "--split", "train=1", "--encode", "webp"]
         start_s = time.monotonic()
         if self.start([str(raw), str(whole), *options], "whole").wait() != 0:
