@@ -13,11 +13,13 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import Any
+
+import psutil
 
 from shards.errors import UserError, redact
 
@@ -108,6 +110,7 @@ def ray(call: Callable[[Any], Any], num_workers: int, address: str | None) -> It
         "PYTHONPATH": path,
     }
     local: dict[str, Any] = {"address": address}
+    before, started = _descendants(), set[psutil.Process]()
     stack = contextlib.ExitStack()
     try:
         with _explained("ray", "ray", address), _no_warnings(), _environment(environment):
@@ -127,7 +130,10 @@ def ray(call: Callable[[Any], Any], num_workers: int, address: str | None) -> It
             stack.enter_context(_quiet("ray"))
             stack.enter_context(_no_news_of_workers(library))
             stack.enter_context(_kept_signal_handler(signal.SIGTERM))
+            stack.callback(_kill, started)
             stack.callback(library.shutdown, wait_for_processes=True)
+            # Ray waits for its servers, but not for their workers.
+            stack.callback(lambda: started.update(_descendants() - before))
             library.init(**local, log_to_driver=False, configure_logging=False)
             remote = library.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(work)
         yield Cluster(
@@ -216,6 +222,16 @@ def _environment(added: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _descendants() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 @contextlib.contextmanager

@@ -140,7 +140,7 @@ def test_a_killed_worker_is_replaced_and_an_error_ends_all_of_them(  # type: ign
     assert (tmp_path / "died").exists()
     waiting = {int(path.stem) for path in tmp_path.glob("*.pid")}
     assert waiting
-    assert waiting.isdisjoint(psutil.pids())
+    _wait_until(lambda: not any(map(_runs, waiting)), limit_s=1)
     assert _descendants() == before
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert capfd.readouterr() == ("", "")
@@ -183,7 +183,7 @@ def test_the_bytes_do_not_depend_on_the_engine(
         text=True,
         check=False,
     )
-    noise = [line for line in done.stderr.splitlines() if not re.search(r" a second$", line)]
+    noise = [line for line in done.stderr.splitlines() if not re.match(r"(scanned|packed): ", line)]
     assert (done.returncode, noise) == (0, [])
     assert done.stdout.splitlines()[0].startswith("train: ")
     assert hash_tree(tmp_path / "out") == expected

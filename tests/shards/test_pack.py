@@ -494,9 +494,6 @@ def test_an_image_that_needs_too_much_memory_is_left_out_and_the_rest_packed(
     manifest = storage.load_manifest(str(out))
     assert manifest.skips == {"poison": 2}
     assert manifest.num_samples("train") == 8
-    words = [*arguments[:2], *options, "--overwrite", "--workers", "2"]
-    assert pack.main(words) == 0
-    assert storage.load_manifest(str(out)).num_samples("train") == 10
 
 
 def test_poison_is_a_skip_like_others(make_pairs: MakePairs, tmp_path: Path) -> None:
