@@ -10,6 +10,13 @@ install_into_venv test # what demo.sh asks for: its test must not install beside
 
 say() { printf '\n== %s\n' "$*"; }
 
+# Fails system calls for tests/faults/test_pack_kills.py, which is skipped without it.
+if ! command -v strace >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    say "strace"
+    { apt-get update && apt-get install --yes --no-install-recommends strace; } >/dev/null 2>&1 ||
+        echo "it cannot be installed; go on without"
+fi
+
 say "Checks"
 ruff check .
 ruff format --check .
