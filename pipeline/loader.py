@@ -14,6 +14,7 @@ and `pipeline.stream`; nothing here needs Accelerate.
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Loader:
 
     def __init__(
         self,
-        url: str | Sequence[str],
+        url: str | Path | Sequence[str | Path],
         *,
         weights: Sequence[float] = (),
         batch_size: int,
@@ -76,7 +77,7 @@ class Loader:
         workers: int = 0,
         lanes: int = 0,
         window: int = 8192,
-        cache_dir: str = "",
+        cache_dir: str | Path = "",
         cache_bytes: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
@@ -89,8 +90,8 @@ class Loader:
             raise UserError(
                 f"rank = {self.rank}: with world_size = {self.world_size}, count from 0"
             )
-        roots = (url,) if isinstance(url, str) else tuple(url)
-        self._data = Datasets.open(roots, any_size=size is not None)
+        roots = (url,) if isinstance(url, str | Path) else url
+        self._data = Datasets.open(tuple(map(str, roots)), any_size=size is not None)
         image = self._data.image
         scaled = None if size is None else Fit(size[1], size[0], fit, image.background)
         height = image.height if scaled is None else scaled.height
@@ -107,7 +108,7 @@ class Loader:
         reader = SampleReader(
             self._data.shards(split),
             open_shards=self._data.open_shards(split, lanes=lanes, window=window),
-            cache=self._data.cache(cache_dir, cache_bytes),
+            cache=self._data.cache(str(cache_dir), cache_bytes),
         )
         self.dataset = BatchDataset(
             reader,

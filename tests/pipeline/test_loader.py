@@ -17,6 +17,7 @@ from pipeline.batch import Batch
 from pipeline.loader import Loader
 from pipeline.order import Order
 from pipeline.stream import SampleReader, Shard
+from shards import storage
 from shards.storage import UserError, load_manifest
 
 
@@ -64,6 +65,26 @@ def test_a_worker_s_batches_are_this_process_s(screens: Path) -> None:
         for name in ("image_BCHW", "token_BT", "weight_B", "augment_key_B"):
             assert torch.equal(getattr(one, name), getattr(other, name))
         assert one.order_hash == other.order_hash
+
+
+@pytest.mark.parametrize("server", ["seaweedfs", "moto", "fake_gcs", "azurite"])
+def test_every_store_gives_the_batches_of_the_disk(
+    screens: Path, tmp_path: Path, request: pytest.FixtureRequest, server: str
+) -> None:
+    url = f"{request.getfixturevalue(server).url}/loader-{os.getpid()}"
+    for name in storage.list_files(str(screens)):
+        copy = tmp_path / "copy"
+        copy.write_bytes((screens / name).read_bytes())
+        storage.publish(copy, f"{url}/{name}")
+    here = Loader(screens, batch_size=4, window=9, seed=5, epochs=1)
+    there = Loader(
+        url, batch_size=4, window=9, seed=5, epochs=1, workers=1, cache_dir=tmp_path / "cache"
+    )
+    for one, other in zip(here, there, strict=True):
+        assert one.keys == other.keys
+        assert torch.equal(one.image_BCHW, other.image_BCHW)
+        assert torch.equal(one.token_BT, other.token_BT)
+        assert other.bad == ()
 
 
 def test_memory_of_batches_is_used_again_but_never_while_a_tensor_looks_into_it(
