@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -127,6 +128,8 @@ def ray(call: Callable[[Any], Any], num_workers: int, address: str | None) -> It
                     "object_store_memory": OBJECT_STORE_BYTES,
                     "_temp_dir": stack.enter_context(folder),
                 }
+            else:
+                _check_answers(address)
             stack.enter_context(_quiet("ray"))
             stack.enter_context(_no_news_of_workers(library))
             stack.enter_context(_kept_signal_handler(signal.SIGTERM))
@@ -162,8 +165,34 @@ def _explained(engine: str, package: str, address: str | None) -> Iterator[None]
         ) from error
     except Exception as error:
         where = f"--engine-address {address}" if address else f"--engine {engine}"
-        text = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(redact(f"{where}: {engine} does not start: {text}")) from error
+        raise UserError(redact(f"{where}: {engine} does not start: {_say(error)}")) from error
+
+
+@contextlib.contextmanager
+def lost_is_explained(engine: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turns errors of a cluster, such as one that is gone, into a `UserError`."""
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:
+        raise UserError(redact(f"--engine {engine}: {_say(error)}")) from error
+
+
+def _check_answers(address: str) -> None:
+    """Raises OSError where there is nobody: Ray would try for many minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), CONNECT_S):
+        pass
+
+
+def _say(error: BaseException) -> str:
+    """The last lines of an error and of its first cause, for the lines above tell where it was."""
+    first = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    texts = [(str(one).strip() or repr(one)).splitlines()[-1][:300] for one in (error, first)]
+    return " because: ".join(dict.fromkeys(texts))
 
 
 @contextlib.contextmanager

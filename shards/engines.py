@@ -170,9 +170,10 @@ def _run_on_cluster(
     with start(call, workers.count, workers.address) as cluster:
         try:
             while True:
-                num_free = max(1, cluster.slots()) - len(running)
-                for task in itertools.islice(waiting, max(0, num_free)):
-                    running[cluster.submit(task)] = task
+                with clusters.lost_is_explained(workers.engine):
+                    num_free = max(1, cluster.slots()) - len(running)
+                    for task in itertools.islice(waiting, max(0, num_free)):
+                        running[cluster.submit(task)] = task
                 if not running:
                     break
                 # Now and then also to see whether there are more workers by now.
@@ -180,15 +181,11 @@ def _run_on_cluster(
                 for future in done:
                     task = running.pop(future)
                     try:
-                        kind, value = future.result()
+                        with clusters.lost_is_explained(workers.engine, cluster.died):
+                            kind, value = future.result()
                     except cluster.died:
                         failed.append(task)
                         continue
-                    except Exception as error:
-                        text = (str(error).strip() or repr(error)).splitlines()[0]
-                        raise UserError(
-                            f"{describe(task)}: {workers.engine} did not do it: {text}"
-                        ) from error
                     if kind == "error":
                         raise value
                     if kind == "out of memory":

@@ -239,11 +239,16 @@ def test_a_cluster_that_is_there_already(tasks, tmp_path: Path) -> None:  # type
     assert _descendants() == before
 
 
-def test_an_address_where_nothing_answers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    need("dask")
+@pytest.mark.parametrize("cluster", ["dask", "ray"])
+def test_an_address_where_nothing_answers_is_one_line(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need(cluster)
     monkeypatch.setattr(clusters, "CONNECT_S", 1)
-    with pytest.raises(UserError, match=r"--engine-address tcp://127\.0\.0\.1:9: dask does"):
-        list(engines.run(str, [1], Workers(1, "dask", "tcp://127.0.0.1:9")))
+    address = f"{'tcp://' if cluster == 'dask' else ''}127.0.0.1:9"
+    with pytest.raises(UserError, match=f"--engine-address {address}: {cluster} does") as caught:
+        list(engines.run(str, [1], Workers(1, cluster, address)))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
