@@ -39,9 +39,6 @@ if [ $# -eq 0 ]; then
 fi
 
 say "Tests"
-# A test fails a pack at its system calls; where neither helps, outside of CI, it is skipped.
-command -v strace >/dev/null || { apt-get update && apt-get install --yes strace; } >/dev/null 2>&1 ||
-    echo "strace is missing and could not be installed"
 # Two at a time, a file's tests by one process, for they share fixtures. In the order of the files'
 # names: the long ones are in the first folders. `-n 0` runs them one by one.
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
