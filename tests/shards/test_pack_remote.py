@@ -19,6 +19,7 @@ from PIL import Image
 from servers import S3_SECRET, FaultyProxy, Server, begin_uploads, uploads
 
 from shards import pack, remote, sources, storage, verify
+from shards.engines import Workers
 from shards.storage import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +175,7 @@ def test_a_source_that_changes_while_it_is_packed_is_named(
     image, code = f"{source}/a/0001.png", f"{source}/a/0003.gui"
     kept = {url: storage.read_bytes(url) for url in (image, code)}
     args = pack._parser().parse_args([source, out, "--workers", "0", "--split", "train=1"])
-    listing, options, _ = pack._prepare(args)
+    listing, options, _ = pack._prepare(args, Workers(0))
     made = pack.draft(source, listing, options, None, 0)
     put(image, b"another")
     with pytest.raises(UserError, match=r"a/0001\.png: changed while it was packed; pack again"):
