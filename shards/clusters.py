@@ -8,6 +8,7 @@ done with the futures, and with tasks whose workers died, is the subject of `sha
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -29,6 +30,8 @@ ATTEMPTS = 2
 """How often a task is tried whose worker dies each time."""
 OBJECT_STORE_BYTES = 100 * 2**20
 """Of a Ray of our own, which would take a third of the machine's memory."""
+RAY_TOKEN = secrets.token_hex(32)
+"""What the processes of a Ray of our own show each other. It remembers the first of a process."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +101,21 @@ def ray(call: Callable[[Any], Any], num_workers: int, address: str | None) -> It
 
     Without an address, by `num_workers` processes that end with the block. Raises `UserError`.
     """
-    with _explained("ray", "ray", address), _no_warnings():
-        import ray as library
-
-    def work(task: Any) -> Any:
-        return call(task)
-
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)  # noqa: PTH100
     environment = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "PYTHONPATH": path,
     }
+    if address is None:
+        # It listens on all of this machine's addresses.
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": RAY_TOKEN}
+    with _explained("ray", "ray", address), _no_warnings(), _environment(environment):
+        import ray as library
+
+    def work(task: Any) -> Any:
+        return call(task)
+
     local: dict[str, Any] = {"address": address}
     before, started = _descendants(), set[psutil.Process]()
     stack = contextlib.ExitStack()
