@@ -8,6 +8,7 @@ them, with the record that it was at. What a task does is its caller's subject.
 import argparse
 import collections
 import contextlib
+import ctypes
 import functools
 import itertools
 import multiprocessing
@@ -25,13 +26,12 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from shards import clusters
 from shards.storage import UserError
+
+if TYPE_CHECKING:
+    from shards import clusters
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -41,8 +41,21 @@ PLAIN_PROGRESS_EVERY_S = 5.0
 DEFAULT_TIMEOUT_S = 600.0
 SLOTS_EVERY_S = 0.5
 ENGINES = ("local", "dask", "ray")
+NOTE_BYTES = 2**13
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
 
 _on_note: Callable[[str], None] | None = None
+
+
+@dataclass
+class Crew:
+    """Processes, and a cluster, that a `run` has started and the next one finds."""
+
+    idle: "list[_Worker]" = field(default_factory=list)
+    cluster: "clusters.Cluster | None" = None
+    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """Ends the cluster."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,19 @@ class Workers:
     """Between two notes of a task; a worker that stays silent for longer is killed."""
     memory_bytes: int | None = None
     """What a task may take in its worker, beside the program itself."""
+    crew: Crew | None = field(default=None, compare=False, repr=False)
+    """See `kept`."""
+
+
+@contextlib.contextmanager
+def kept(workers: Workers) -> Iterator[Workers]:
+    """Within the block, each `run` with what this yields goes on with the processes of the one
+    before it. They end with the block."""
+    with contextlib.ExitStack() as stack:
+        crew = Crew()
+        stack.callback(_dismiss, crew.idle)
+        stack.enter_context(crew.stack)
+        yield replace(workers, crew=crew)
 
 
 def note(text: str) -> None:
@@ -77,12 +103,12 @@ def run(
 ) -> Generator[tuple[Task, Result], None, None]:
     """Yields `(task, function(task))` as tasks complete, in any order.
 
-    `function`, tasks and results must pickle. Processes, `workers` of them, share the work; with 0
-    it happens in this process. A task whose worker dies, stays silent for too long or runs out of
-    memory is tried up to `MAX_ATTEMPTS` times. An exception inside `function` is raised here. When
-    the iteration ends, for whatever reason, so do the workers; who may leave it early closes it.
-    When this process is killed, they end themselves. What a cluster at an address has begun is
-    waited for.
+    `function`, a module's, tasks and results must pickle. Processes, `workers` of them, share the
+    work; with 0 it happens in this process. A task whose worker dies, stays silent for too long or
+    runs out of memory is tried up to `MAX_ATTEMPTS` times. An exception inside `function` is raised
+    here. When the iteration ends, for whatever reason, so do the workers, but for those that are at
+    no task and are `kept`; who may leave it early closes it. When this process is killed, they end
+    themselves. What a cluster at an address has begun is waited for.
 
     `without(task, record)` is the task without a record that it noted, or None where it cannot do
     without it: it takes the place of a task that failed at this record in every attempt.
@@ -93,22 +119,38 @@ def run(
         workers = Workers(workers)
     if workers.count == 0:
         return ((task, function(task)) for task in tasks)
-    if workers.engine == "local":
-        return _run_locally(function, tasks, workers, describe, without)
-    return _run_on_cluster(function, tasks, workers, describe, without)
+    return _run(function, tasks, workers, describe, without)
 
 
-def _run_locally(
+def _run(
     function: Callable[[Task], Result],
     tasks: Iterable[Task],
     workers: Workers,
     describe: Callable[[Task], str],
     without: Callable[[Task, str], Task | None] | None,
 ) -> Generator[tuple[Task, Result], None, None]:
+    with kept(workers) if workers.crew is None else contextlib.nullcontext(workers) as now:
+        crew = now.crew
+        assert crew is not None
+        if workers.engine != "local":
+            failed: list[Task] = []
+            yield from _run_on_cluster(function, tasks, now, crew, failed)
+            # Nobody there can say at which record it was. A local worker can.
+            tasks, now = failed, replace(now, count=1)
+        yield from _run_locally(function, tasks, now, crew.idle, describe, without)
+
+
+def _run_locally(
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    workers: Workers,
+    idle: "list[_Worker]",
+    describe: Callable[[Task], str],
+    without: Callable[[Task, str], Task | None] | None,
+) -> Generator[tuple[Task, Result], None, None]:
     waiting = iter(tasks)
     again: collections.deque[_Attempts[Task]] = collections.deque()
     busy: dict[Connection, tuple[_Worker, _Attempts[Task]]] = {}
-    idle: list[_Worker] = []
 
     def next_task() -> _Attempts[Task] | None:
         if again:
@@ -118,12 +160,12 @@ def _run_locally(
     try:
         while True:
             while len(busy) < workers.count and (attempts := next_task()) is not None:
-                worker = idle.pop() if idle else _Worker.start(function, workers)
-                attempts.notes.append("")
+                worker = idle.pop() if idle else _Worker.start(workers)
                 busy[worker.connection] = worker, attempts
+                worker.forget_note()
                 # A worker that died while idle: its pipe reads as ended below.
                 with contextlib.suppress(OSError):
-                    worker.connection.send(attempts.task)
+                    worker.connection.send((function, attempts.task))
             if not busy:
                 return
             for ready in wait(list(busy)):
@@ -133,12 +175,10 @@ def _run_locally(
                     kind, value = connection.recv()
                 except (EOFError, OSError):
                     kind, value = "death", None
-                if kind == "note":
-                    attempts.notes[-1] = value
-                    continue
                 del busy[connection]
                 if kind in ("death", "out of memory"):
                     end = worker.end()
+                    attempts.notes.append(worker.note)
                     attempts.ends.append(end if kind == "death" else kind)
                     again.append(attempts.next(describe, without))
                     continue
@@ -147,7 +187,7 @@ def _run_locally(
                     raise value
                 yield attempts.task, value
     finally:
-        for worker in (*idle, *(worker for worker, _ in busy.values())):
+        for worker, _ in busy.values():
             worker.end()
 
 
@@ -155,49 +195,55 @@ def _run_on_cluster(
     function: Callable[[Task], Result],
     tasks: Iterable[Task],
     workers: Workers,
-    describe: Callable[[Task], str],
-    without: Callable[[Task, str], Task | None] | None,
+    crew: Crew,
+    failed: list[Task],
 ) -> Generator[tuple[Task, Result], None, None]:
+    """Appends to `failed` what each worker died of that tried it."""
     waiting = iter(tasks)
     first = list(itertools.islice(waiting, 1))
     if not first:
         return
     waiting = itertools.chain(first, waiting)
-    start = clusters.dask if workers.engine == "dask" else clusters.ray
-    call = functools.partial(_call, function, workers.timeout_s)
+    from shards import clusters  # here, for each local worker would pay for what it imports
+
+    if crew.cluster is None:
+        start = clusters.dask if workers.engine == "dask" else clusters.ray
+        call = functools.partial(_call, workers.timeout_s)
+        crew.cluster = crew.stack.enter_context(start(call, workers.count, workers.address))
+    cluster = crew.cluster
     running: dict[futures.Future[tuple[str, Any]], Task] = {}
-    failed: list[Task] = []
-    with start(call, workers.count, workers.address) as cluster:
-        try:
-            while True:
-                with clusters.lost_is_explained(workers.engine):
-                    num_free = max(1, cluster.slots()) - len(running)
-                    for task in itertools.islice(waiting, max(0, num_free)):
-                        running[cluster.submit(task)] = task
-                if not running:
-                    break
-                # Now and then also to see whether there are more workers by now.
-                done, _ = futures.wait(running, SLOTS_EVERY_S, futures.FIRST_COMPLETED)
-                for future in done:
-                    task = running.pop(future)
-                    try:
-                        with clusters.lost_is_explained(workers.engine, cluster.died):
-                            kind, value = future.result()
-                    except cluster.died:
-                        failed.append(task)
-                        continue
-                    if kind == "error":
-                        raise value
-                    if kind == "out of memory":
-                        failed.append(task)
-                    else:
-                        yield task, value
-        finally:
+    try:
+        while True:
+            with clusters.lost_is_explained(workers.engine):
+                num_free = max(1, cluster.slots()) - len(running)
+                for task in itertools.islice(waiting, max(0, num_free)):
+                    running[cluster.submit((function, task))] = task
+            if not running:
+                return
+            # Now and then also to see whether there are more workers by now.
+            done, _ = futures.wait(running, SLOTS_EVERY_S, futures.FIRST_COMPLETED)
+            for future in done:
+                task = running.pop(future)
+                try:
+                    with clusters.lost_is_explained(workers.engine, cluster.died):
+                        kind, value = future.result()
+                except cluster.died:
+                    failed.append(task)
+                    continue
+                if kind == "error":
+                    raise value
+                if kind == "out of memory":
+                    failed.append(task)
+                else:
+                    yield task, value
+    finally:
+        if running:
             if workers.address is not None:
                 futures.wait(running)
-    # Nobody there can say at which record it was. A local worker can.
-    alone = replace(workers, count=1, engine="local", address=None)
-    yield from _run_locally(function, failed, alone, describe, without)
+            else:
+                # What runs there is ended with it, as a local worker's task is.
+                crew.cluster = None
+                crew.stack.close()
 
 
 def progress(
@@ -361,17 +407,29 @@ class _Attempts(Generic[Task]):
 class _Worker:
     process: BaseProcess
     connection: Connection
+    shared: Any
+    """Memory where the process leaves its notes: a message each would keep this one busy."""
     timeout_s: float | None
 
     @classmethod
-    def start(cls, function: Callable[[Any], Any], limits: Workers) -> "_Worker":
+    def start(cls, limits: Workers) -> "_Worker":
         # Spawned, not forked: a fork copies locks that other threads hold.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(function, theirs, limits), daemon=True)
+        limits = replace(limits, crew=None)
+        shared = context.RawArray("c", NOTE_BYTES)
+        process = context.Process(target=_serve, args=(theirs, shared, limits), daemon=True)
         process.start()
         theirs.close()
-        return cls(process, ours, limits.timeout_s)
+        return cls(process, ours, shared, limits.timeout_s)
+
+    @property
+    def note(self) -> str:
+        """What the process noted last."""
+        return os.fsdecode(self.shared.value)
+
+    def forget_note(self) -> None:
+        self.shared.value = b""
 
     def end(self) -> str:
         """Stops the process where it still runs; returns how it ended."""
@@ -385,29 +443,36 @@ class _Worker:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
-def _serve(function: Callable[[Any], Any], connection: Connection, limits: Workers) -> None:
+def _dismiss(idle: "list[_Worker]") -> None:
+    for worker in idle:
+        worker.process.kill()  # at no task, it has nothing to lose by it
+        worker.end()
+
+
+def _serve(connection: Connection, shared: Any, limits: Workers) -> None:
     """A worker's whole life: one task after another until the pipe ends."""
     global _on_note
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends us.
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _keep_freed_memory()
     if limits.memory_bytes is not None:
         _limit_memory(limits.memory_bytes)
 
     def report(text: str) -> None:
-        connection.send(("note", text))
+        shared.value = os.fsencode(text)[: NOTE_BYTES - 1]
         _set_alarm(limits.timeout_s if text else None)
 
     _on_note = report
     with contextlib.suppress(EOFError, OSError):
         while True:
-            connection.send(_reply(function, connection.recv()))
+            connection.send(_reply(*connection.recv()))
 
 
-def _call(function: Callable[[Task], Any], timeout_s: float | None, task: Task) -> tuple[str, Any]:
+def _call(timeout_s: float | None, work: tuple[Callable[[Task], Any], Task]) -> tuple[str, Any]:
     """Does one task in a worker of a cluster."""
     global _on_note
     _on_note = lambda text: _set_alarm(timeout_s if text else None)  # noqa: E731
-    return _reply(function, task)
+    return _reply(*work)
 
 
 def _reply(function: Callable[[Task], Any], task: Task) -> tuple[str, Any]:
@@ -426,6 +491,15 @@ def _set_alarm(seconds: float | None) -> None:
     # The kernel's, whose default is to end the process: a decoder in an endless loop may never
     # give Python's own threads and handlers a turn.
     signal.setitimer(signal.ITIMER_REAL, seconds or 0)
+
+
+def _keep_freed_memory() -> None:
+    """Tells the C library to give no memory back to the system after each image: page by page,
+    getting it anew takes a fifth of the time of packing screenshots."""
+    with contextlib.suppress(AttributeError, OSError):  # where it is not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_TRIM_THRESHOLD, 2**26)
 
 
 def _limit_memory(num_bytes: int) -> None:
@@ -459,6 +533,16 @@ def _portable(error: Exception) -> Exception:
 
 @contextlib.contextmanager
 def _progress_bar(total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+    # Imported here, for each worker process would pay for it.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )  # fmt: skip
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

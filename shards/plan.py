@@ -36,7 +36,7 @@ from shards.sources import (
 )
 from shards.storage import UserError
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 PLAN_FORMAT = "pixloom plan"
 FOLDERS, COLUMN = "folders", "column"
 """Values of `Options.split`: the source says which split a sample is of."""
@@ -171,8 +171,9 @@ class Plan:
 
 def _fields(sample: PlannedSample) -> list[Any]:
     """In JSON: places are there only where a sample has one."""
-    fields = list(dataclasses.astuple(sample))
-    return fields if sample.image_place or sample.code_place else fields[:-2]
+    fields = [sample.key, sample.image, sample.image_sha256, sample.code, sample.code_sha256]
+    places = [sample.image_place, sample.code_place]
+    return fields + places if any(places) else fields
 
 
 def _planned(

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path, PurePosixPath
+from functools import lru_cache, partial
+from io import FileIO
+from pathlib import Path
 from typing import NamedTuple
 
 from shards import storage, tables
@@ -164,7 +165,8 @@ def read_file(
     `UserError` when the store does not answer. `num_bytes` is what a store's listing said: it saves
     a question, and need not be true any more.
     """
-    if storage.is_remote(root):
+    folder = _local_folder(root)
+    if folder is None:
         url = storage.join(root, name)
         try:
             if num_bytes is None:
@@ -174,13 +176,17 @@ def read_file(
         except MissingError as error:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(storage.local_path(root) / name, flags)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
+    with FileIO(os.open(f"{folder}/{name}", flags)) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{name}: not a regular file")
         _check_size(name, status.st_size, max_bytes)
-        return file.read()
+        return file.readall()
+
+
+@lru_cache(maxsize=8)
+def _local_folder(root: str) -> str | None:
+    return None if storage.is_remote(root) else str(storage.local_path(root))
 
 
 def _check_size(name: str, num_bytes: int, max_bytes: int | None) -> None:
@@ -360,8 +366,10 @@ def _without_case_collisions(names: Mapping[str, str], skips: list[Skip]) -> lis
 
 
 def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
+    # As of a `Path`, which takes ten times as long.
+    dot, slash = name.rfind("."), name.rfind("/")
+    return name[dot:].lower() if slash + 1 < dot < len(name) - 1 else ""
 
 
 def _stem(name: str) -> str:
-    return name.removesuffix(PurePosixPath(name).suffix)
+    return name[: len(name) - len(_suffix(name))]
