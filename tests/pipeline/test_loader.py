@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from servers import Server
 
 from pipeline import slots, stream
 from pipeline.batch import Batch
@@ -67,11 +68,8 @@ def test_a_worker_s_batches_are_this_process_s(screens: Path) -> None:
         assert one.order_hash == other.order_hash
 
 
-@pytest.mark.parametrize("server", ["seaweedfs", "moto", "fake_gcs", "azurite"])
-def test_every_store_gives_the_batches_of_the_disk(
-    screens: Path, tmp_path: Path, request: pytest.FixtureRequest, server: str
-) -> None:
-    url = f"{request.getfixturevalue(server).url}/loader-{os.getpid()}"
+def test_a_store_gives_the_batches_of_the_disk(screens: Path, tmp_path: Path, moto: Server) -> None:
+    url = f"{moto.url}/loader-{os.getpid()}"
     for name in storage.list_files(str(screens)):
         copy = tmp_path / "copy"
         copy.write_bytes((screens / name).read_bytes())
