@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from servers import Server
+from servers import Server, put_tree
 
 from pipeline import order, train
 from pipeline.batch import read_tokens
@@ -691,10 +691,7 @@ def test_in_a_bucket(
     server: Server = request.getfixturevalue(service)
     root = f"{server.url}/adopt-{uuid.uuid4().hex[:8]}"
     folder = write_with_webdataset(tmp_path / "data")
-    for path in sorted(folder.glob("*.tar")):
-        copy = tmp_path / "copy"
-        copy.write_bytes(path.read_bytes())
-        storage.publish(copy, f"{root}/{path.name}")
+    put_tree(folder, root)
     assert run(root) == 0
     assert run(folder) == 0
     stored = {

@@ -17,7 +17,16 @@ from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image
-from servers import S3_SECRET, FaultyProxy, Server, begin_uploads, uploads
+from servers import (
+    S3_SECRET,
+    FaultyProxy,
+    Server,
+    begin_uploads,
+    give_little_time,
+    put,
+    put_tree,
+    uploads,
+)
 
 from shards import pack, remote, sources, storage, synth, verify
 from shards.engines import Workers
@@ -30,12 +39,6 @@ OPTIONS = ("--shard-samples", 4, "--split", "train=rest,val=2")
 MakePairs = Callable[..., Path]
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(params=["moto", "seaweedfs", "fake_gcs", "azurite"])
-def server(request: pytest.FixtureRequest) -> Server:
-    found: Server = request.getfixturevalue(request.param)
-    return found
 
 
 @pytest.fixture(autouse=True)
@@ -63,17 +66,6 @@ def new_root(server: Server) -> str:
 
 def key_of(server: Server, url: str) -> str:
     return url.removeprefix(f"{server.url}/")
-
-
-def put(url: str, data: bytes) -> None:
-    scratch = Path(tempfile.gettempdir(), uuid.uuid4().hex)
-    scratch.write_bytes(data)
-    storage.publish(scratch, url)
-
-
-def put_tree(folder: Path, url: str) -> None:
-    names = list(storage.list_files(str(folder)))
-    storage.each(url, lambda name: put(f"{url}/{name}", (folder / name).read_bytes()), names)
 
 
 def tree(root: object) -> dict[str, str]:
@@ -272,23 +264,6 @@ def test_a_name_that_no_url_holds_is_skipped(seaweedfs: Server, make_pairs: Make
     assert sources.list_folder(source).skips == (sources.Skip("unsupported_name", "b/why#.png"),)
 
 
-@pytest.fixture(scope="module")
-def module_proxy(seaweedfs_server: Server) -> Iterator[FaultyProxy]:
-    with FaultyProxy(seaweedfs_server.endpoint, seed=11) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(
-    module_proxy: FaultyProxy, seaweedfs: Server, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[FaultyProxy]:
-    """Before SeaweedFS, and the address that this process and its children use."""
-    seaweedfs.through(module_proxy).use(monkeypatch)
-    module_proxy.reset()
-    yield module_proxy
-    module_proxy.clear()
-
-
 def test_each_file_is_read_once_to_plan_and_once_to_pack(
     proxy: FaultyProxy, seaweedfs: Server, make_pairs: MakePairs, tmp_path: Path
 ) -> None:
@@ -333,11 +308,6 @@ def write_pictures(folder: Path, count: int) -> None:
         turned = pixels[number:] + pixels[:number]
         path = folder / f"{number:02d}.png"
         Image.frombytes("RGB", (500, 400), turned).save(path, compress_level=0)
-
-
-def give_little_time(monkeypatch: pytest.MonkeyPatch, deadline_s: float) -> None:
-    for name, value_s in (("CONNECT", 0.5), ("READ", 0.5), ("DEADLINE", deadline_s)):
-        monkeypatch.setenv(f"PIXLOOM_STORAGE_{name}_S", str(value_s))
 
 
 FAULTS: list[tuple[str, set[str]]] = [
