@@ -139,11 +139,12 @@ def assemble(
     """
     channels, height, width = image_CHW
     shape_BHWC = len(samples), height, width, channels
+    size = math.prod(shape_BHWC)
     if memory is None:
         # Shared, what a worker decodes reaches its parent without a copy.
-        in_worker, size = get_worker_info() is not None, math.prod(shape_BHWC)
+        in_worker = get_worker_info() is not None
         memory = new_shared(size) if in_worker else torch.empty(size, dtype=torch.uint8)
-    image_BHWC = memory[: math.prod(shape_BHWC)].view(shape_BHWC)
+    image_BHWC = memory[:size].view(shape_BHWC)
     pixels_BHWC = image_BHWC.numpy()
     token_ids: list[Tensor] = []
     weights: list[float] = []

@@ -64,7 +64,7 @@ class ShardTask:
     name: str
     num_bytes: int
     copy: Path
-    """Where a remote shard is fetched to; removed again."""
+    """Where a remote shard is fetched to, unless it is there already; removed again."""
     adoption: Adoption
     plan_hash: str
     tokenizer_json: str | None
@@ -107,7 +107,8 @@ def adopt_shard(task: ShardTask) -> Adopted:
     url = join(task.root, task.name)
     with contextlib.ExitStack() as stack:
         if storage.is_remote(url):
-            storage.fetch(url, task.copy)
+            if not task.copy.exists():
+                storage.fetch(url, task.copy)
             stack.callback(task.copy.unlink)
             path = task.copy
         else:
@@ -163,7 +164,7 @@ def index(
             root=root,
             name=name,
             num_bytes=files[name],
-            copy=scratch / f"{number}.tar",
+            copy=_copy(scratch, number),
             adoption=slim,
             plan_hash=adoption.plan_hash,
             tokenizer_json=tokenizer_json,
@@ -389,29 +390,36 @@ def _count_megabytes(done: tuple[ShardTask, Adopted]) -> int:
     return done[0].num_bytes // MEGABYTE
 
 
+def _copy(scratch: Path, number: int) -> Path:
+    """For a remote shard, the `number`-th of an adoption's."""
+    return scratch / f"{number}.tar"
+
+
 def _first_samples(
     root: str, shards: Sequence[str], scratch: Path
 ) -> tuple[str, dict[str, set[str]]]:
-    """The first shard that has members and is whole, and its samples' extensions."""
+    """The first shard that has members and is whole, and its samples' extensions.
+
+    Of `shards`, an adoption's. A remote one's copy is left for its `ShardTask`.
+    """
     problems = []
-    for name in shards:
+    for number, name in enumerate(shards):
         url = join(root, name)
-        path = scratch / "first.tar"
+        path = _copy(scratch, number)
         if storage.is_remote(url):
             storage.fetch(url, path)
         else:
             path = storage.local_path(url)
+        found = {}
         try:
             with storage.explained(url), path.open("rb") as file:
                 found = tarfiles.list_extensions(file, name)
         except FormatError as error:
             problems.append(str(error))
-            continue
-        finally:
-            if storage.is_remote(url):
-                path.unlink()
         if found:
             return name, found
+        if storage.is_remote(url):
+            path.unlink()
     if problems:
         raise DamagedShardsError(problems)
     raise UserError(f"{root}: its shards are empty")

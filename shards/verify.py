@@ -370,7 +370,7 @@ def _check_totals(
     damaged = False
 
     def read(shard_name: str) -> Receipt | UserError | FormatError:
-        name = shard_name.removesuffix(".tar") + ".json"
+        name = ShardEntry(shard_name, 0, 0, "").receipt_name
         try:
             return Receipt.from_json(storage.read_text(join(root, name)), name)
         except (UserError, FormatError) as error:

@@ -1,11 +1,16 @@
-"""For all tests: settings, and object stores that run once a session.
+"""For all tests: settings, scripts, and object stores that run once a session.
 
 No test asserts a time, so Hypothesis must not either.
 """
 
+import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import servers
@@ -14,6 +19,29 @@ from servers import Server
 
 settings.register_profile("pixloom", deadline=None)
 settings.load_profile("pixloom")
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs a campaign or a benchmark as people do, in an empty folder: (script, *words) -> its
+    JSON object. It must succeed; what it says on stderr goes to this process's."""
+
+    def run(script: Path, *words: object) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, script, "--json", *map(str, words)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+        result: dict[str, Any] = json.loads((done.stdout.splitlines() or ["{}"])[-1])
+        violations = result.pop("violations", [])
+        print(result)
+        assert violations == []
+        assert done.returncode == 0
+        return result
+
+    return run
 
 
 def _started(start: AbstractContextManager[Server]) -> Iterator[Server]:

@@ -34,6 +34,8 @@ from urllib.parse import parse_qs, urlsplit
 if TYPE_CHECKING:
     import pytest
 
+from shards import storage
+
 BUCKET = "pixloom-test"
 AZURITE_VERSION = "3.35.0"
 START_TIMEOUT_S = 90.0
@@ -264,6 +266,27 @@ def begin_uploads(server: Server, keys: list[str]) -> None:
             client.create_multipart_upload(Bucket=BUCKET, Key=key)
     finally:
         client.close()
+
+
+def put(url: str, data: bytes) -> None:
+    """Publishes `data` at `url`, on a store or a disk."""
+    # Not named as the product's own, for which some tests look.
+    with tempfile.TemporaryDirectory(prefix="put-") as name:
+        scratch = Path(name, "data")
+        scratch.write_bytes(data)
+        storage.publish(scratch, url)
+
+
+def put_tree(folder: Path, url: str) -> None:
+    """Publishes each file below `folder` under its name relative to it."""
+    names = list(storage.list_files(str(folder)))
+    storage.each(url, lambda name: put(f"{url}/{name}", (folder / name).read_bytes()), names)
+
+
+def give_little_time(monkeypatch: "pytest.MonkeyPatch", deadline_s: float) -> None:
+    """The storage waits half a second for a server's answer, and gives up after `deadline_s`."""
+    for name, value_s in (("CONNECT", 0.5), ("READ", 0.5), ("DEADLINE", deadline_s)):
+        monkeypatch.setenv(f"PIXLOOM_STORAGE_{name}_S", str(value_s))
 
 
 @functools.cache

@@ -1,23 +1,18 @@
 """The benchmark of packing still runs: its smallest form, ours and the ceiling alone."""
 
-import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 
-def test_the_smallest_form_runs(tmp_path: Path) -> None:
-    words = ["--json", "--samples", "24", "--rounds", "1", "--workers", "1", "--data", tmp_path]
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("pack.py"), *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "give --peers-python" in done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+def test_the_smallest_form_runs(
+    run_script: Callable[..., dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--samples", 24, "--rounds", 1, "--workers", 1, "--data", tmp_path)
+    result = run_script(Path(__file__).with_name("pack.py"), *words)
+    assert "give --peers-python" in capfd.readouterr().err
     for kind in ("screens", "cifar"):
         found = result[kind]
         assert found["over_fastest_peer"] is None

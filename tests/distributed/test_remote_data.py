@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import FaultyProxy, Server
+from servers import FaultyProxy, Server, put, put_tree
 
 from pipeline.cache import Node, reads_of
 from pipeline.order import Order
@@ -49,16 +49,9 @@ def url(
     """The dataset on S3; jobs see it through the proxy."""
     proxy.reset()
     root = f"{seaweedfs.url}/{uuid.uuid4().hex[:8]}"
-    for name in storage.list_files(str(packed)):
-        put(packed, root, name)
+    put_tree(packed, root)
     seaweedfs.through(proxy).use(monkeypatch)
     return root
-
-
-def put(folder: Path, root: str, name: str, data: bytes | None = None) -> None:
-    scratch = folder.parent / f"scratch-{uuid.uuid4().hex}"
-    scratch.write_bytes((folder / name).read_bytes() if data is None else data)
-    storage.publish(scratch, f"{root}/{name}")
 
 
 @pytest.fixture
@@ -314,7 +307,7 @@ def test_damaged_shards_keep_their_place(
 ) -> None:
     entries = load_manifest(str(packed)).splits["train"]
     cut = (packed / entries[3].name).read_bytes()
-    put(packed, url, entries[3].name, cut[: len(cut) // 2])
+    put(f"{url}/{entries[3].name}", cut[: len(cut) // 2])
     storage.remove(f"{url}/{entries[5].name}")
     words = ["--config", config(url), "--data.cache_dir", tmp_path / "cache"]
     stopped = start("pipeline.train", *words, "--run.dir", tmp_path / "stopped", world_size=1)
@@ -359,7 +352,7 @@ def test_a_dataset_replaced_under_a_running_job(
         time.sleep(0.005)
     for name in storage.list_files(str(other)):
         if replaced == "dataset" or name == "manifest.json":
-            put(other, url, name)
+            put(f"{url}/{name}", (other / name).read_bytes())
     if replaced == "manifest alone":
         job.succeed()
         assert digest_of(tmp_path / "run") == digest()

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from servers import FaultyProxy, Server
+from servers import FaultyProxy, Server, put_tree
 
-from shards import pack, storage
+from shards import pack
 
 ROOT = Path(__file__).parents[2]
 CLONE_NEWNET = 0x40000000
@@ -91,10 +90,7 @@ def test_each_node_downloads_its_own_lanes_and_the_order_is_one_node_s(
     make_config: Callable[..., Path],
 ) -> None:
     url = f"{seaweedfs.url}/pictures"
-    for name in storage.list_files(str(pictures)):
-        copy = tmp_path / "copy"
-        shutil.copyfile(pictures / name, copy)
-        storage.publish(copy, storage.join(url, name))
+    put_tree(pictures, url)
     config = make_config(
         "small",
         "autoencoder",

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # this checkout, not an inst
 
 from checkpoint_kills import ended, free_port, rows_of
 from fork_server import ForkServer, Rank
-from servers import FaultyProxy, Server, seaweedfs
+from servers import FaultyProxy, Server, put_tree, seaweedfs
 
 from shards import pack, storage, synth
 from shards.format import Manifest
@@ -119,10 +119,7 @@ class Campaign:
             synth.main([str(raw), "--samples", "250", "--seed", "5"])
             words = f"--size 80x48 --split train=rest,val=6 --shard-samples {SHARD_SAMPLES}"
             assert pack.main([str(raw), str(self.data), *words.split(), "--workers", "0"]) == 0
-        for name in storage.list_files(str(self.data)):
-            copy = self.folder / "copy"
-            shutil.copyfile(self.data / name, copy)
-            storage.publish(copy, storage.join(self.url, name))
+        put_tree(self.data, self.url)
         manifest: Manifest = storage.load_manifest(str(self.data))
         sizes = [entry.bytes for entry in manifest.splits["train"]]
         self.totals.shards, self.totals.shard_bytes = len(sizes), sum(sizes)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from servers import FaultyProxy, Server
+from servers import FaultyProxy, Server, put, put_tree
 
 from pipeline.batch import SampleError
 from pipeline.cache import (
@@ -282,15 +282,8 @@ def url(moto: Server, proxy: FaultyProxy, screens: Path, monkeypatch: pytest.Mon
     proxy.reset()
     moto.through(proxy).use(monkeypatch)
     root = f"{moto.url}/{uuid.uuid4().hex[:8]}"
-    for name in storage.list_files(str(screens)):
-        put(screens, root, name)
+    put_tree(screens, root)
     return root
-
-
-def put(folder: Path, root: str, name: str, data: bytes | None = None) -> None:
-    scratch = folder.parent / f"scratch-{uuid.uuid4().hex}"
-    scratch.write_bytes((folder / name).read_bytes() if data is None else data)
-    storage.publish(scratch, f"{root}/{name}")
 
 
 def remote_shards(root: str) -> list[Shard]:
@@ -393,7 +386,7 @@ def test_a_damaged_shard_is_fetched_twice_then_judged_by_sample(
 
     change, cause = DAMAGES[damage]
     name = load_manifest(url).splits["train"][1].name
-    put(screens, url, name, change((screens / name).read_bytes()))
+    put(f"{url}/{name}", change((screens / name).read_bytes()))
     reader = open_reader()
     good = read_all(reader, 1)
     assert read_all(open_reader(), 1) == good, "another process saw something else"
@@ -409,7 +402,7 @@ def test_a_damaged_shard_is_fetched_twice_then_judged_by_sample(
     )
     assert not cached(reader, 1).exists()
 
-    put(screens, url, name)  # repaired: the next run finds it
+    put(f"{url}/{name}", (screens / name).read_bytes())  # repaired: the next run finds it
     reader.cache.look_again()  # type: ignore[union-attr]
     assert all(read_all(open_reader(), 1))
 
@@ -431,14 +424,14 @@ def test_a_missing_or_damaged_receipt_ends_the_run(
     storage.remove(f"{url}/{entry.receipt_name}")
     with pytest.raises(UserError, match=rf"{url}/train/000000.json: there is no such object"):
         reader.read(0, 0)
-    put(screens, url, entry.receipt_name, b"{}")
+    put(f"{url}/{entry.receipt_name}", b"{}")
     with pytest.raises(FormatError, match=r"train/000000.json: damaged receipt"):
         reader.read(0, 0)
     other = reader.shards[1].entry.receipt_name
-    put(screens, url, entry.receipt_name, (screens / other).read_bytes())
+    put(f"{url}/{entry.receipt_name}", (screens / other).read_bytes())
     with pytest.raises(UserError, match=r"train/000000.json: is of another shard"):
         reader.read(0, 0)
-    put(screens, url, entry.receipt_name)
+    put(f"{url}/{entry.receipt_name}", (screens / entry.receipt_name).read_bytes())
     assert reader.read(0, 0), "a bad receipt was kept"
 
 
@@ -450,9 +443,9 @@ def test_a_shard_replaced_with_all_its_files_is_never_taken(
     one, other = (shard.entry for shard in reader.shards[:2])
     reader.read(0, 0)
     for mine, its in ((other.name, one.name), (other.index_name, one.index_name)):
-        put(screens, url, mine, (screens / its).read_bytes())
+        put(f"{url}/{mine}", (screens / its).read_bytes())
     assert not any(read_all(reader, 1))
-    put(screens, url, other.receipt_name, (screens / one.receipt_name).read_bytes())
+    put(f"{url}/{other.receipt_name}", (screens / one.receipt_name).read_bytes())
     reader = open_reader()
     for path in reader.cache.folder.iterdir():  # type: ignore[union-attr]
         path.unlink()
@@ -490,7 +483,7 @@ def test_a_sample_that_its_receipt_disowns_stays_bad(
     entry = load_manifest(url).splits["train"][0]
     text = (screens / entry.receipt_name).read_bytes()
     crc32 = text.partition(b'"crc32":[')[2].partition(b",")[0]
-    put(screens, url, entry.receipt_name, text.replace(crc32, b"1", 1))
+    put(f"{url}/{entry.receipt_name}", text.replace(crc32, b"1", 1))
     reader = open_reader()
     assert read_all(reader, 0) == [False] + [True] * (entry.samples - 1)
     assert read_all(reader, 0).count(False) == 1

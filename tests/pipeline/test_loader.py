@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from servers import Server, put_tree
 
 from pipeline import slots, stream
 from pipeline.batch import Batch
 from pipeline.loader import Loader
 from pipeline.order import Order
 from pipeline.stream import SampleReader, Shard
-from shards import storage
 from shards.storage import UserError, load_manifest
 
 
@@ -67,15 +67,9 @@ def test_a_worker_s_batches_are_this_process_s(screens: Path) -> None:
         assert one.order_hash == other.order_hash
 
 
-@pytest.mark.parametrize("server", ["seaweedfs", "moto", "fake_gcs", "azurite"])
-def test_every_store_gives_the_batches_of_the_disk(
-    screens: Path, tmp_path: Path, request: pytest.FixtureRequest, server: str
-) -> None:
-    url = f"{request.getfixturevalue(server).url}/loader-{os.getpid()}"
-    for name in storage.list_files(str(screens)):
-        copy = tmp_path / "copy"
-        copy.write_bytes((screens / name).read_bytes())
-        storage.publish(copy, f"{url}/{name}")
+def test_a_store_gives_the_batches_of_the_disk(screens: Path, tmp_path: Path, moto: Server) -> None:
+    url = f"{moto.url}/loader-{os.getpid()}"
+    put_tree(screens, url)
     here = Loader(screens, batch_size=4, window=9, seed=5, epochs=1)
     there = Loader(
         url, batch_size=4, window=9, seed=5, epochs=1, workers=1, cache_dir=tmp_path / "cache"

@@ -1,14 +1,15 @@
-"""Small raw folders to pack, and a way to compare what was packed byte by byte."""
+"""Small raw folders to pack, a way to compare what was packed byte by byte, and stores."""
 
 import hashlib
 import io
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from servers import FaultyProxy, Server
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -55,6 +56,30 @@ def hash_tree() -> Callable[[Path], dict[str, str]]:
         }
 
     return hashes
+
+
+@pytest.fixture(params=["moto", "seaweedfs", "fake_gcs", "azurite"])
+def server(request: pytest.FixtureRequest) -> Server:
+    """Each store in turn."""
+    found: Server = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture(scope="module")
+def module_proxy(seaweedfs_server: Server) -> Iterator[FaultyProxy]:
+    with FaultyProxy(seaweedfs_server.endpoint, seed=7) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(
+    module_proxy: FaultyProxy, seaweedfs: Server, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FaultyProxy]:
+    """Before SeaweedFS, and the address that this process and its children use."""
+    seaweedfs.through(module_proxy).use(monkeypatch)
+    module_proxy.reset()
+    yield module_proxy
+    module_proxy.clear()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from servers import Server
+from servers import FaultyProxy, Server, put_tree
 
 from pipeline import order, train
 from pipeline.batch import read_tokens
@@ -691,10 +691,7 @@ def test_in_a_bucket(
     server: Server = request.getfixturevalue(service)
     root = f"{server.url}/adopt-{uuid.uuid4().hex[:8]}"
     folder = write_with_webdataset(tmp_path / "data")
-    for path in sorted(folder.glob("*.tar")):
-        copy = tmp_path / "copy"
-        copy.write_bytes(path.read_bytes())
-        storage.publish(copy, f"{root}/{path.name}")
+    put_tree(folder, root)
     assert run(root) == 0
     assert run(folder) == 0
     stored = {
@@ -706,3 +703,18 @@ def test_in_a_bucket(
     assert run(root, "--json") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["nothing_to_do"]
     assert verify.main([root, "--deep", "--workers", "0"]) == 0
+
+
+def test_each_shard_of_a_bucket_is_fetched_once(
+    proxy: FaultyProxy, seaweedfs: Server, tmp_path: Path
+) -> None:
+    """Also the first, whose members tell the layout; not one that turns out to have none."""
+    root = f"{seaweedfs.url}/adopt-{uuid.uuid4().hex[:8]}"
+    folder = write_with_webdataset(tmp_path / "data")
+    (folder / "train-.tar").write_bytes(bytes(1024))
+    put_tree(folder, root)
+    proxy.reset()
+    assert run(root) == 0
+    gets = {path.rpartition("/")[2]: count for path, count in proxy.gets.items()}
+    tars = dict.fromkeys(storage.list_files(str(folder)), 1)
+    assert gets == {**tars, "train-.tar": 2}

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from servers import Server
+from servers import Server, put_tree
 
 from shards import layouts, pack, storage, tables
 from shards.format import parse_index
@@ -715,10 +715,7 @@ def test_a_source_on_a_store_gives_the_bytes_of_one_on_disk(
         write_table(raw / name, bytes_rows, row_group_size=4)
     else:
         write_table(raw / name, rows)
-    for path in list(raw.rglob("*.*")):
-        copy = tmp_path / "copy"
-        copy.write_bytes(path.read_bytes())
-        storage.publish(copy, f"{url}/{path.relative_to(raw)}")
+    put_tree(raw, url)
     assert run(raw / name, tmp_path / "local", *options) == 0
     assert run(f"{url}/{name}", tmp_path / "remote", *options) == 0
     assert hash_tree(tmp_path / "remote") == hash_tree(tmp_path / "local")

@@ -13,12 +13,22 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image
-from servers import S3_SECRET, FaultyProxy, Server, begin_uploads, uploads
+from servers import (
+    S3_SECRET,
+    FaultyProxy,
+    Server,
+    begin_uploads,
+    give_little_time,
+    put,
+    put_tree,
+    uploads,
+)
 
-from shards import pack, remote, sources, storage, verify
+from shards import pack, remote, sources, storage, synth, verify
 from shards.engines import Workers
 from shards.storage import UserError
 
@@ -29,12 +39,6 @@ OPTIONS = ("--shard-samples", 4, "--split", "train=rest,val=2")
 MakePairs = Callable[..., Path]
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(params=["moto", "seaweedfs", "fake_gcs", "azurite"])
-def server(request: pytest.FixtureRequest) -> Server:
-    found: Server = request.getfixturevalue(request.param)
-    return found
 
 
 @pytest.fixture(autouse=True)
@@ -62,17 +66,6 @@ def new_root(server: Server) -> str:
 
 def key_of(server: Server, url: str) -> str:
     return url.removeprefix(f"{server.url}/")
-
-
-def put(url: str, data: bytes) -> None:
-    scratch = Path(tempfile.gettempdir(), uuid.uuid4().hex)
-    scratch.write_bytes(data)
-    storage.publish(scratch, url)
-
-
-def put_tree(folder: Path, url: str) -> None:
-    names = list(storage.list_files(str(folder)))
-    storage.each(url, lambda name: put(f"{url}/{name}", (folder / name).read_bytes()), names)
 
 
 def tree(root: object) -> dict[str, str]:
@@ -195,6 +188,67 @@ def test_a_source_that_changes_while_it_is_packed_is_named(
     assert "train 6" in capsys.readouterr().out
 
 
+class Trained(NamedTuple):
+    rows: list[dict[str, Any]]
+    """of each step, and of the validation: loss, order digest and all that takes no time"""
+    tars: set[str]
+    """SHA-256 of what is in the node's cache then"""
+
+
+def train_two_steps(data: object, folder: Path) -> Trained:
+    """`python -m pipeline.train`, from `data` as it is packed."""
+    words = f"""
+    -m pipeline.train --run.dir {folder}/run --data.url {data} --data.cache_dir {folder}/cache
+    --data.workers 1 --run.steps 2 --run.log_every_steps 1 --batch.global_size 4
+    --batch.micro_size 4 --model.channels 4,8 --model.hidden_dim 8 --model.embed_dim 4
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *words.split()],
+        cwd=ROOT,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = (folder / "run/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    timed = ("samples_per_s", "data_wait")
+    return Trained(
+        [{name: value for name, value in row.items() if name not in timed} for row in rows],
+        {path.stem for path in (folder / "cache").glob("*.tar")},
+    )
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str], Trained]:
+    """The demo dataset in small: raw, what is packed on disk, and two steps from there."""
+    folder = tmp_path_factory.mktemp("synthetic")
+    assert synth.main([str(folder / "raw"), "--samples", "16", "--seed", "5"]) == 0
+    assert run(folder / "raw", folder / "out", *OPTIONS, "--size", "48x32") == 0
+    return folder / "raw", tree(folder / "out"), train_two_steps(folder / "out", folder)
+
+
+def test_two_steps_from_a_store_are_those_from_the_disk(
+    server: Server,
+    synthetic: tuple[Path, dict[str, str], Trained],
+    tmp_path: Path,
+) -> None:
+    """The whole path: pack to the store, verify what is there, train from it."""
+    raw, expected, from_disk = synthetic
+    out = new_root(server)
+    assert run(raw, out, *OPTIONS, "--size", "48x32") == 0
+    assert verify.main([out, "--deep", "--workers", "0"]) == 0
+    assert tree(out) == expected
+    trained = train_two_steps(out, tmp_path)
+    assert trained.rows == from_disk.rows
+    assert [row["step"] for row in trained.rows if "order_digest" in row] == [1, 2]
+    assert all(row["loss"] > 0 for row in trained.rows)
+    splits = storage.load_manifest(out).splits
+    assert trained.tars == {entry.sha256 for split in splits.values() for entry in split}
+    assert not from_disk.tars
+
+
 # S3.
 
 
@@ -208,23 +262,6 @@ def test_a_name_that_no_url_holds_is_skipped(seaweedfs: Server, make_pairs: Make
     assert listing.skips == ()
     put(f"{source}/b/why#.png", b"x")
     assert sources.list_folder(source).skips == (sources.Skip("unsupported_name", "b/why#.png"),)
-
-
-@pytest.fixture(scope="module")
-def module_proxy(seaweedfs_server: Server) -> Iterator[FaultyProxy]:
-    with FaultyProxy(seaweedfs_server.endpoint, seed=11) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(
-    module_proxy: FaultyProxy, seaweedfs: Server, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[FaultyProxy]:
-    """Before SeaweedFS, and the address that this process and its children use."""
-    seaweedfs.through(module_proxy).use(monkeypatch)
-    module_proxy.reset()
-    yield module_proxy
-    module_proxy.clear()
 
 
 def test_each_file_is_read_once_to_plan_and_once_to_pack(
@@ -244,30 +281,6 @@ def test_each_file_is_read_once_to_plan_and_once_to_pack(
     assert set(proxy.gets.values()) == {1}
     assert proxy.operations["head"] == 0  # the listing told the sizes
     assert not (tmp_path / "dry").exists()
-
-
-def test_two_training_steps_from_a_packed_bucket(
-    seaweedfs: Server, make_pairs: MakePairs, tmp_path: Path
-) -> None:
-    source, out = new_root(seaweedfs), new_root(seaweedfs)
-    put_tree(make_pairs(12, size=(48, 32)), source)
-    assert run(source, out, *OPTIONS) == 0
-    words = f"""
-    -m pipeline.train --run.dir {tmp_path}/run --data.url {out} --data.cache_dir {tmp_path}/cache
-    --run.steps 2 --run.log_every_steps 1 --batch.global_size 4 --batch.micro_size 4
-    --model.channels 4,8 --model.hidden_dim 8 --model.embed_dim 4
-    """
-    done = subprocess.run(
-        [sys.executable, *words.split()],
-        cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert {row["step"] for row in rows if "loss" in row and "split" not in row} == {1, 2}
 
 
 # S3 under faults and kills.
@@ -295,11 +308,6 @@ def write_pictures(folder: Path, count: int) -> None:
         turned = pixels[number:] + pixels[:number]
         path = folder / f"{number:02d}.png"
         Image.frombytes("RGB", (500, 400), turned).save(path, compress_level=0)
-
-
-def give_little_time(monkeypatch: pytest.MonkeyPatch, deadline_s: float) -> None:
-    for name, value_s in (("CONNECT", 0.5), ("READ", 0.5), ("DEADLINE", deadline_s)):
-        monkeypatch.setenv(f"PIXLOOM_STORAGE_{name}_S", str(value_s))
 
 
 FAULTS: list[tuple[str, set[str]]] = [

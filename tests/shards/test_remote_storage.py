@@ -8,12 +8,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import FaultyProxy, Server, begin_uploads, uploads
+from servers import FaultyProxy, Server, begin_uploads, give_little_time, uploads
 
 from shards import remote, storage
 from shards.storage import UserError
@@ -23,12 +23,6 @@ PART_BYTES = 5 << 20  # the least that S3 takes
 BIG_BYTES = PART_BYTES + 12345
 
 pytestmark = pytest.mark.timeout(120)
-
-
-@pytest.fixture(params=["moto", "seaweedfs", "fake_gcs", "azurite"])
-def server(request: pytest.FixtureRequest) -> Server:
-    found: Server = request.getfixturevalue(request.param)
-    return found
 
 
 @pytest.fixture
@@ -246,28 +240,6 @@ def test_lists_longer_than_a_page(
 
 
 # S3 under faults.
-
-
-@pytest.fixture(scope="module")
-def module_proxy(seaweedfs_server: Server) -> Iterator[FaultyProxy]:
-    with FaultyProxy(seaweedfs_server.endpoint, seed=7) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def proxy(
-    module_proxy: FaultyProxy, seaweedfs: Server, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[FaultyProxy]:
-    """Before SeaweedFS, and the address that this process uses."""
-    seaweedfs.through(module_proxy).use(monkeypatch)
-    module_proxy.reset()
-    yield module_proxy
-    module_proxy.clear()
-
-
-def give_little_time(monkeypatch: pytest.MonkeyPatch, deadline_s: float) -> None:
-    for name, value_s in (("CONNECT", 0.5), ("READ", 0.5), ("DEADLINE", deadline_s)):
-        monkeypatch.setenv(f"PIXLOOM_STORAGE_{name}_S", str(value_s))
 
 
 PUT_FAULTS = [
