@@ -321,7 +321,7 @@ BOMB = zlib.compress(bytes(200_000_000), 9)
         (bands(t277=(0,)), "corrupt"),
         (bands(t277=(2**31,)), "too_large"),
         (bands(t277=(100,), t258=(8,) * 100, t339=(1,) * 100), "wrong_channels"),
-        (bands(t277=(6,)), "corrupt"),
+        (bands(t277=(6,)), "wrong_channels"),
         (bands(t258=(1,) * 5), "unsupported_mode"),
         (bands(t258=(8, 8, 8, 8, 16)), "unsupported_mode"),
         (bands(t258=(32,) * 5), "unsupported_mode"),
