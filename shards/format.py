@@ -56,7 +56,10 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """How every image of a dataset was made. `width` and `height` are None when they differ."""
+    """How every image of a dataset was made. `width` and `height` are None when they differ.
+
+    `encode` is `npy` where the members are arrays: of other than 1, 3 or 4 channels, or adopted.
+    """
 
     width: int | None
     height: int | None
