@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from shards import images
+from shards.arrays import backgrounds
 
 FitKind = Literal["stretch", "crop", "pad"]
 
@@ -25,7 +26,8 @@ class Fit:
     """How an image of any size becomes one of (height, width) pixels.
 
     `stretch` ignores the aspect ratio, `crop` cuts the longer side to it around the middle, `pad`
-    keeps all of the image and fills up with `background` (RGB) on both sides.
+    keeps all of the image and fills up with `background` (RGB) on both sides: with its grey in
+    channels beyond the third of an array, and in all of 2.
     """
 
     height: int
@@ -87,7 +89,6 @@ def _resized(pixels_HWC: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np
 
 def _paint(channels: int, background: tuple[int, int, int]) -> NDArray[np.uint8]:
     """The background in the image's channels; grey as Rec. 601 weighs it, alpha opaque."""
-    if channels == 1:
-        red, green, blue = background
-        return np.array([(299 * red + 587 * green + 114 * blue + 500) // 1000], dtype=np.uint8)
-    return np.array([*background, 255][:channels], dtype=np.uint8)
+    if channels == 4:
+        return np.array([*background, 255], dtype=np.uint8)
+    return np.array(backgrounds(channels, background), dtype=np.uint8)

@@ -7,6 +7,7 @@ the same pixels here as in its shard. One that is refused is named, and the rest
     python -m pipeline.predict EXPORT folder more.png       a line an image: FILE, tab, code
     python -m pipeline.predict RUN folder --out codes --code-suffix .gui
     python -m pipeline.predict RUN folder --out rebuilt     autoencoder: PNGs, and errors on stdout
+                                                            (.npy of other than 1, 3, 4 channels)
 """
 
 import argparse
@@ -34,10 +35,10 @@ from pipeline.export import CONFIG_NAME, open_run, read_export
 from pipeline.fit import Fit, decode_fitted
 from pipeline.models import Autoencoder, Seq2Seq
 from pipeline.tasks import as_floats
-from shards import engines, images, storage, tokens
-from shards.format import TOKENIZER_NAME, ImagePolicy
+from shards import arrays, engines, images, storage, tokens
+from shards.format import COLOUR_CHANNELS, TOKENIZER_NAME, ImagePolicy
 from shards.images import ImageRefused
-from shards.sources import IMAGE_SUFFIXES
+from shards.sources import IMAGE_SUFFIXES, image_suffixes
 from shards.storage import UserError
 
 
@@ -79,6 +80,11 @@ class Trained:
             tokenizer = tokens.load_tokenizer(tokenizer_json, f"{folder}: its {TOKENIZER_NAME}")
         fit = fit_of(settings.data, image)
         return cls(model.eval().to(_device()), settings, image, tokenizer, step, fit)
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files in a folder that may be images for this model."""
+        return image_suffixes(self.image.channels)
 
     def pixels(self, data: bytes) -> NDArray[np.uint8]:
         """An image file's pixels as training would see them: uint8, (height, width, channels).
@@ -153,14 +159,14 @@ class Prediction:
     mse: float | None = None
 
 
-def find_images(paths: Sequence[Path]) -> list[Source]:
+def find_images(paths: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Source]:
     """The files among `paths`, and those in their folders: sorted, at any depth.
 
-    In folders, what is hidden, a link, or has no image's suffix is passed over.
+    In folders, what is hidden, a link, or has none of the suffixes is passed over.
     """
     found: list[Source] = []
     for path in paths:
-        names = sorted(_walk(path), key=os.fsencode) if _is_folder(path) else []
+        names = sorted(_walk(path, suffixes), key=os.fsencode) if _is_folder(path) else []
         found += [Source(path / name, name.removesuffix(Path(name).suffix)) for name in names]
         if not names:  # a file; or a folder without images, to be refused as one
             found.append(Source(path, path.stem))
@@ -175,7 +181,8 @@ def predict(
     for number, source in enumerate(sources, 1):
         try:
             with images.memory_explained(str(source.path)):
-                waiting.append((source, trained.pixels(_read(source.path))))
+                data = _read(source.path, trained.suffixes)
+                waiting.append((source, trained.pixels(data)))
         except ImageRefused as refused:
             yield Prediction(source, refused=refused.cause)
         except OSError as error:
@@ -217,10 +224,11 @@ def _predict(arguments: argparse.Namespace) -> int:
         raise UserError(f"--code-suffix {arguments.code_suffix}: write one as in .gui")
     trained = Trained.open(arguments.run, arguments.checkpoint)
     writes_code = isinstance(trained.model, Seq2Seq)
-    sources = find_images(arguments.images)
+    sources = find_images(arguments.images, trained.suffixes)
     outputs: dict[Source, Path] = {}
     if arguments.out is not None:
-        suffix = arguments.code_suffix if writes_code else ".png"
+        picture = ".png" if trained.image.channels in COLOUR_CHANNELS else ".npy"
+        suffix = arguments.code_suffix if writes_code else picture
         outputs = _outputs(sources, arguments.out, suffix, arguments.overwrite)
     elif not writes_code:
         raise UserError("--out FOLDER is needed: an autoencoder's answers are images")
@@ -287,7 +295,11 @@ def _write(prediction: Prediction, path: Path) -> Prediction:
             path.write_bytes(_ended(prediction.code).encode())
         elif prediction.pixels is not None:
             pixels = prediction.pixels
-            Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(path, "PNG")
+            if path.suffix == ".npy":
+                path.write_bytes(arrays.to_npy(pixels))
+            else:
+                picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+                picture.save(path, "PNG")
     return Prediction(prediction.source, code=prediction.code, mse=prediction.mse)
 
 
@@ -311,11 +323,11 @@ def _json(
     return {"model": trained.settings.model.name, "step": trained.step, "images": rows}
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, suffixes: Sequence[str]) -> bytes:
     """The file's bytes. Raises OSError, and `ImageRefused` for what it is no use to read."""
     if path.is_dir():
         next(path.iterdir(), None)  # raises where one may not look
-        raise ImageRefused(f"no images there; looked for {' '.join(IMAGE_SUFFIXES)}")
+        raise ImageRefused(f"no images there; looked for {' '.join(suffixes)}")
     if path.exists() and not path.is_file():
         raise ImageRefused("not a file")
     if path.stat().st_size > images.MAX_FILE_BYTES:
@@ -330,13 +342,13 @@ def _is_folder(path: Path) -> bool:
         return False
 
 
-def _walk(root: Path) -> Iterator[str]:
+def _walk(root: Path, suffixes: Sequence[str]) -> Iterator[str]:
     closed: list[str] = []
     for folder, folders, names in os.walk(root, onerror=lambda e: closed.append(e.filename)):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(folder) / name
-            is_image = path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+            is_image = path.suffix.lower() in suffixes and not name.startswith(".")
             if is_image and not path.is_symlink():
                 yield str(path.relative_to(root))
     yield from (str(Path(folder).relative_to(root)) for folder in closed)

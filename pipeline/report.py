@@ -34,6 +34,7 @@ from pipeline.stream import BatchPlan
 from pipeline.tasks import build_task, prepare_images, references
 from shards import storage, tokens
 from shards.format import TOKENIZER_NAME
+from shards.images import viewable
 
 _INK, _FAINT, _GOOD, _WRONG = "#24292f", "#8b949e", "#1a7f37", "#cf222e"
 _SAMPLES = 6
@@ -111,7 +112,10 @@ def _draw_codes(
     for column, (guess, truth) in enumerate(zip(codes, truths, strict=True)):
         image, text = grid[0][column], grid[1][column]
         image.imshow(
-            batch.image_BCHW[column].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255
+            viewable(batch.image_BCHW[column].permute(1, 2, 0).numpy()),
+            cmap="gray",
+            vmin=0,
+            vmax=255,
         )
         image.set_xticks([])
         image.set_yticks([])
@@ -183,7 +187,8 @@ def _draw_reconstructions(figure: Any, images: Tensor, reconstructions: Tensor) 
     ):
         for column, picture in enumerate(pictures):
             axes = grid[row][column]
-            axes.imshow(picture.permute(1, 2, 0).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+            shown = viewable(picture.permute(1, 2, 0).cpu().numpy())
+            axes.imshow(shown, cmap="gray", vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
             if column == 0:

@@ -246,7 +246,7 @@ class _Samples:
             run.cause = run.cause or ("too_large" if is_image else "code_too_large")
         elif is_image:
             try:
-                run.size = images.read_size(data, images.SHARD_FORMATS)
+                run.size = images.read_size(data, images.SHARD_FORMATS, self._adoption.channels)
             except images.ImageRefused as refused:
                 run.cause = run.cause or refused.cause
         elif is_code:

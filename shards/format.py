@@ -3,6 +3,11 @@
 Everything here is pure: text in, values out. Who writes the files is `shards.pack`; who reads
 them at training time is `pipeline.stream`. A field that is added, removed or read in another way
 raises `FORMAT_VERSION`.
+
+A sample's members, in the order of their names: `KEY.json` (source and size), the image as
+`KEY.png`, `.jpg` or `.webp`, and for pairs `KEY.tokens.npy` and `KEY.txt`. An image of other than
+1, 3 or 4 channels is `KEY.image.npy`: version 1.0 of NumPy's format, of uint8, (height, width,
+channels) in C order; the header takes 128 bytes.
 """
 
 import contextlib
@@ -17,6 +22,8 @@ from json.encoder import encode_basestring_ascii
 from typing import Any, Literal, NamedTuple
 
 FORMAT_VERSION = 1
+ARRAY_FORMAT_VERSION = 2
+"""Of manifests of images that are arrays alone: older versions of pixloom find no image there."""
 
 MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.json"
@@ -27,7 +34,13 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 IMAGE_EXTENSIONS = ("png", "jpg", "webp", "jpeg")
 """`pack` writes the first three; adopted shards have any, in any case, also after a name."""
+ARRAY_EXTENSION = "image.npy"
+ARRAY_EXTENSIONS = (ARRAY_EXTENSION, "npy")
+"""Of images of many channels. `pack` writes the first; adopted shards have any, as above."""
 TOKENS_EXTENSION = "tokens.npy"
+COLOUR_CHANNELS = (1, 3, 4)
+"""Of grey, RGB and RGBA images; those of any other number of channels are arrays."""
+MAX_CHANNELS = 64
 TAR_BLOCK_BYTES = 512
 
 _FILE = re.compile(
@@ -43,13 +56,16 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class ImagePolicy:
-    """How every image of a dataset was made. `width` and `height` are None when they differ."""
+    """How every image of a dataset was made. `width` and `height` are None when they differ.
+
+    `encode` is `npy` where the members are arrays: of other than 1, 3 or 4 channels, or adopted.
+    """
 
     width: int | None
     height: int | None
     channels: int
     fit: Literal["stretch", "pad", "crop", "none"]
-    encode: Literal["keep", "png", "jpeg", "webp"]
+    encode: Literal["keep", "png", "jpeg", "webp", "npy"]
     quality: int
     background: tuple[int, int, int]
 
@@ -108,7 +124,7 @@ class Manifest:
     def to_json(self) -> str:
         body = {
             "format": "pixloom",
-            "version": FORMAT_VERSION,
+            "version": ARRAY_FORMAT_VERSION if self.image.encode == "npy" else FORMAT_VERSION,
             "kind": self.kind,
             "splits": self.splits,
             "image": dataclasses.asdict(self.image),
@@ -133,10 +149,10 @@ class Manifest:
                 body = _object(text, where)
             if body.get("format") != "pixloom":
                 raise FormatError(f"{where}: not a pixloom manifest")
-            if body["version"] != FORMAT_VERSION:
+            if body["version"] not in (FORMAT_VERSION, ARRAY_FORMAT_VERSION):
                 raise FormatError(
-                    f"{where}: format version {body['version']}, this pixloom reads "
-                    f"{FORMAT_VERSION}; pack the dataset again or install the other version"
+                    f"{where}: format version {body['version']}, this pixloom reads up to "
+                    f"{ARRAY_FORMAT_VERSION}; pack the dataset again or install the other version"
                 )
             claimed = body.pop("manifest_sha256", None)
             image, tokenizer = body["image"], body["tokenizer"]
@@ -235,7 +251,8 @@ def is_file_name(name: str) -> bool:
 
 
 def image_extension(extensions: Iterable[str]) -> str | None:
-    """The one among a sample's extensions that is its image's, as `png`, `JPG` or `left.jpeg`."""
+    """The one among a sample's extensions that is its image's, as `png`, `JPG`, `left.jpeg` or
+    `image.npy`."""
     return next((one for one in extensions if _is_image(one)), None)
 
 
@@ -250,7 +267,8 @@ def code_extension(extensions: Iterable[str]) -> str | None:
 
 
 def _is_image(extension: str) -> bool:
-    return extension.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+    last = extension.rpartition(".")[2].lower()
+    return last in IMAGE_EXTENSIONS or (last == "npy" and extension != TOKENS_EXTENSION)
 
 
 def format_index(spans: Iterable[SampleSpan]) -> str:

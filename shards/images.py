@@ -3,9 +3,11 @@
 Every image of a dataset goes through `fit_and_encode`, whose result depends on the bytes and the
 policy alone, and comes back to training through `decode`: by `shards.codecs` where it can, which
 is several times faster, else by Pillow. Limits are checked on the header, before
-a decoder allocates anything. Which images there are is the subject of `shards.sources`.
+a decoder allocates anything. Images of other than 1, 3 or 4 channels are arrays, which
+`shards.arrays` reads and writes. Which images there are is the subject of `shards.sources`.
 """
 
+import dataclasses
 import io
 import re
 import warnings
@@ -13,20 +15,23 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from shards import arrays
 from shards.codecs import decode_plain
-from shards.format import ImagePolicy
+from shards.format import ARRAY_EXTENSION, ImagePolicy
+from shards.limits import MAX_FILE_BYTES as MAX_FILE_BYTES
+from shards.limits import MAX_PIXELS as MAX_PIXELS
+from shards.limits import MAX_SIDE as MAX_SIDE
+from shards.limits import ImageRefused as ImageRefused
+from shards.limits import check_size
 from shards.storage import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_PIXELS = 64_000_000
-MAX_SIDE = 65_535
-MAX_FILE_BYTES = 512 * 2**20
 MAX_ENCODED_SIDES = {"jpeg": 65_500, "webp": 16_383}
 """Pixels of a side above which these encoders give up."""
 
@@ -48,17 +53,6 @@ _TURNS = {
 _MAGIC = re.compile(
     rb"\x89PNG\r\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM|II\*\0|MM\0\*|II\+\0|MM\0\+", re.DOTALL
 )
-
-
-class ImageRefused(Exception):  # noqa: N818 (an outcome with a cause, not a fault)
-    """An image that is not packed; `cause` is one word, counted under it.
-
-    One of `empty`, `too_large`, `unsupported_format`, `unsupported_mode`, `truncated`, `corrupt`.
-    """
-
-    def __init__(self, cause: str) -> None:
-        super().__init__(cause)
-        self.cause = cause
 
 
 @dataclass(frozen=True)
@@ -84,6 +78,12 @@ def make_policy(
 
     Raises `UserError` naming the option that does not go with another.
     """
+    is_array = channels not in _MODES
+    if is_array and encode not in (None, "keep"):
+        raise UserError(
+            f"--encode {encode} has 1, 3 or 4 channels; drop it, images of {channels} are packed "
+            "as .npy"
+        )
     if size is None and fit not in (None, "none"):
         raise UserError(f"--fit {fit} needs --size WxH")
     if size is not None and fit == "none":
@@ -97,10 +97,15 @@ def make_policy(
             f"--size {size[0]}x{size[1]}: a side of {encode or 'png'} has at most "
             f"{_max_side(encode)} pixels"
         )
+    if size is not None and size[0] * size[1] * channels > MAX_FILE_BYTES:
+        raise UserError(
+            f"--size {size[0]}x{size[1]} with --channels {channels}: more than {MAX_FILE_BYTES} "
+            "bytes"
+        )
     if encode == "jpeg" and channels == 4:
         raise UserError("--encode jpeg has no alpha channel; use png or webp with --channels 4")
     chosen_fit = fit or ("none" if size is None else "stretch")
-    chosen_encode = encode or ("keep" if size is None else "png")
+    chosen_encode = "npy" if is_array else encode or ("keep" if size is None else "png")
     return ImagePolicy(
         width=size[0] if size is not None else None,
         height=size[1] if size is not None else None,
@@ -112,8 +117,16 @@ def make_policy(
     )
 
 
-def read_size(data: bytes, formats: tuple[str, ...] = FORMATS) -> tuple[int, int]:
-    """The upright (width, height) that the header states. Raises `ImageRefused`."""
+def read_size(
+    data: bytes, formats: tuple[str, ...] = FORMATS, channels: int = 3
+) -> tuple[int, int]:
+    """The upright (width, height) that the header states; of an image that will be packed with
+    `channels`. Raises `ImageRefused`. Arrays are always among the `formats`."""
+    if channels not in _MODES or data.startswith(arrays.MAGIC):
+        if not data.startswith(arrays.MAGIC) and "TIFF" not in formats:
+            raise ImageRefused("unsupported_format")
+        height, width, _ = arrays.read_shape(data, channels)
+        return width, height
     with _opened(data, FORMATS) as image:
         if image.format in FORMATS and image.format not in formats:
             raise ImageRefused("unsupported_format")
@@ -121,7 +134,10 @@ def read_size(data: bytes, formats: tuple[str, ...] = FORMATS) -> tuple[int, int
 
 
 def read_channels(data: bytes) -> int:
-    """How many channels the header states; 0 for palettes and others. Raises `ImageRefused`."""
+    """How many channels the header states; 0 for palettes and others, and for arrays that are not
+    as `pack` writes them. Raises `ImageRefused`."""
+    if data.startswith(arrays.MAGIC):
+        return arrays.packed_channels(data)
     with _opened(data, FORMATS) as image:
         return next((number for number, mode in _MODES.items() if mode == image.mode), 0)
 
@@ -133,7 +149,16 @@ def fit_and_encode(data: bytes, policy: ImagePolicy) -> PackedImage:
     one upright PNG, JPEG or WEBP frame in the mode of `policy.channels`. Otherwise the image is
     encoded as PNG, which loses nothing. Of an animation the first frame is taken. Running out of
     memory says nothing about an image, and stays a `MemoryError`.
+
+    Where `policy.channels` are not a colour's, the image is an array or a TIFF of so many bands,
+    and comes out as an array. Raises `UserError` too then, where TIFFs cannot be read here.
     """
+    if policy.channels not in _MODES:
+        pixels = arrays.read_pixels(data, policy.channels)
+        height, width, _ = pixels.shape
+        return PackedImage(
+            ARRAY_EXTENSION, arrays.to_npy(_fit_bands(pixels, policy)), width, height
+        )
     with _opened(data, FORMATS) as image, _refusing():
         orientation = _orientation(image)
         image.load()
@@ -173,9 +198,17 @@ def decode(
     return pixels
 
 
+def viewable(pixels: NDArray[Any]) -> NDArray[Any]:
+    """(height, width, channels) as a screen can show it: of many channels the first 3, of 2 one."""
+    channels = pixels.shape[2]
+    return pixels if channels in _MODES else pixels[:, :, : 3 if channels > 4 else 1]
+
+
 def _decode_any(data: bytes, channels: int) -> NDArray[np.uint8]:
     """Packed images are upright and in the dataset's mode. Those of adopted shards are made so
     here, as `fit_and_encode` does it, on white."""
+    if channels not in _MODES:
+        return arrays.read_npy(data, channels)
     with _opened(data, SHARD_FORMATS) as image, _refusing():
         turn = _TURNS.get(_orientation(image))
         upright = image.transpose(turn) if turn is not None else image
@@ -206,6 +239,10 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
         raise ImageRefused("empty")
     if len(data) > MAX_FILE_BYTES:
         raise ImageRefused("too_large")
+    if data.startswith(arrays.MAGIC):
+        pixels = arrays.read_npy(data, 3)  # or any other colour's
+        yield Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+        return
     with warnings.catch_warnings():
         # Pillow warns of odd metadata and of sizes; what matters of it is decided here.
         warnings.simplefilter("ignore")
@@ -218,8 +255,7 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
             known = _MAGIC.match(data) is not None
             raise ImageRefused(cause if known else "unsupported_format") from error
         with image:
-            if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
-                raise ImageRefused("too_large")
+            check_size(*image.size)
             yield image
 
 
@@ -314,6 +350,19 @@ def _fit(image: Image.Image, policy: ImagePolicy) -> Image.Image:
     # and 51 dB from the image without it. From nine times on, the gap that is left is wider.
     is_near = image.width < 6 * size[0] and image.height < 6 * size[1]
     return image.resize(size, how, reducing_gap=2.0 if is_near else 3.0)
+
+
+def _fit_bands(pixels: NDArray[np.uint8], policy: ImagePolicy) -> NDArray[np.uint8]:
+    """As `_fit`, every channel on its own."""
+    height, width, channels = pixels.shape
+    if (policy.width or width, policy.height or height) == (width, height):
+        return pixels
+    bands = []
+    for at, value in enumerate(arrays.backgrounds(channels, policy.background)):
+        painted = dataclasses.replace(policy, background=(value, value, value))
+        band = Image.fromarray(np.ascontiguousarray(pixels[:, :, at]))
+        bands.append(np.asarray(_fit(band, painted)))
+    return np.stack(bands, axis=2)
 
 
 def _paint(policy: ImagePolicy, mode: str) -> int | tuple[int, ...]:

@@ -38,8 +38,8 @@ from shards.format import (
     format_index,
     image_extension,
 )
-from shards.layouts import choose_members, find_shards, guess_split
-from shards.pack import TooManyBadError, describe_skips
+from shards.layouts import choose_members, find_shards, guess_split, image_extensions
+from shards.pack import TooManyBadError, channel_count, describe_skips
 from shards.sources import Skip
 from shards.storage import UserError, command, join
 from shards.tokens import CHAR, WORD
@@ -221,7 +221,7 @@ def index(
     manifest = Manifest(
         kind=adoption.kind,
         splits=splits,
-        image=_policy(adoption.channels, sizes),
+        image=_policy(adoption, sizes),
         tokenizer=_tokenizer_entry(tokenizer_json, longest) if tokenizer_json else None,
         skips=dict(sorted(skips.items())),
         plan_hash=adoption.plan_hash,
@@ -275,12 +275,14 @@ def _tokenizer_entry(tokenizer_json: str, longest: int) -> TokenizerEntry:
     return TokenizerEntry(TOKENIZER_NAME, sha256, vocab_size, longest)
 
 
-def _policy(channels: int, sizes: set[tuple[int, int]]) -> ImagePolicy:
+def _policy(adoption: Adoption, sizes: set[tuple[int, int]]) -> ImagePolicy:
     """Images as they are: `shards.images.decode` makes them upright and converts them."""
     kept = images.make_policy(
-        size=None, fit=None, encode=None, channels=channels, quality=90,
+        size=None, fit=None, encode=None, channels=adoption.channels, quality=90,
         background=(255, 255, 255),
     )  # fmt: skip
+    if any(extension.endswith("npy") for extension in adoption.image_extensions):
+        kept = dataclasses.replace(kept, encode="npy")
     if len(sizes) != 1:
         return kept
     [(width, height)] = sizes
@@ -436,11 +438,11 @@ def _adoption_of(
     splits = assign_splits(shards, args.split or ())
     used = [name for names in splits.values() for name in names]
     first, extensions = _first_samples(args.root, used, scratch)
-    image_extensions, code_extension, pairs = choose_members(
+    extensions_used, code_extension, pairs = choose_members(
         f"{args.root.rstrip('/')}/{first}",
         extensions,
         kind=args.kind,
-        image_extensions=args.image_extension or (),
+        image_extensions=args.image_extension or image_extensions(args.channels),
         code_extension=args.code_suffix,
         given_tokenizer=tokenizer_json is not None,
     )
@@ -458,7 +460,7 @@ def _adoption_of(
         tokenizer = args.tokenizer or WORD
     adoption = Adoption(
         kind="pairs" if pairs else "images",
-        image_extensions=image_extensions,
+        image_extensions=extensions_used,
         code_extension=code_extension,
         tokenizer=tokenizer,
         channels=args.channels,
@@ -499,7 +501,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_image_extension,
         metavar="EXT",
         help="of the member to train on, as in left.png; may be repeated (default: png, jpg, jpeg "
-        "and webp, in any case)",
+        "and webp, in any case; image.npy and npy for other --channels than 1, 3, 4)",
     )
     add(
         "--code-suffix",
@@ -514,7 +516,14 @@ def _parser() -> argparse.ArgumentParser:
         help="word, char: train a vocabulary of words or characters on the split named train "
         "(default: word); FILE: this tokenizer.json, with which members tokens.npy are used too",
     )
-    add("--channels", type=int, choices=(1, 3, 4), default=3, help="grey, RGB or RGBA (default: 3)")
+    add(
+        "--channels",
+        type=channel_count,
+        default=3,
+        metavar="N",
+        help="1, 3, 4: grey, RGB or RGBA (default: 3); else 2 to 64: arrays of so many, as `pack` "
+        "reads them",
+    )
     add(
         "--max-bad",
         type=_limit,
@@ -549,7 +558,7 @@ def _image_extension(text: str) -> str:
     extension = _extension(text)
     if image_extension([extension]) is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: must end in one of {', '.join(IMAGE_EXTENSIONS)}"
+            f"{text!r}: must end in one of {', '.join((*IMAGE_EXTENSIONS, 'npy'))}"
         )
     return extension
 

@@ -16,7 +16,13 @@ from typing import BinaryIO, NamedTuple
 
 from shards import engines, storage, tables, tarfiles
 from shards.engines import Workers
-from shards.format import IMAGE_EXTENSIONS, TOKENS_EXTENSION, Kind
+from shards.format import (
+    ARRAY_EXTENSIONS,
+    COLOUR_CHANNELS,
+    IMAGE_EXTENSIONS,
+    TOKENS_EXTENSION,
+    Kind,
+)
 from shards.sources import CODE_SUFFIXES, Listing, Place, RawPair, Skip, list_folder
 from shards.storage import UserError
 
@@ -47,12 +53,14 @@ def list_source(
     code_suffix: str | None = None,
     columns: Columns | None = None,
     by_name: bool = False,
+    channels: int = 3,
     workers: Workers | int = 0,
 ) -> Listing:
     """Finds the samples of `source`: a folder, one table or tar, or several by a pattern.
 
     With `kind` table or webdataset it is a folder of those, at any depth. `by_name` asks for the
-    splits that the names of folders or shards speak of.
+    splits that the names of folders or shards speak of. `channels` are those the images will
+    have, which says what files may be images.
 
     Raises `UserError` for anything else, and for options that do not go together.
     """
@@ -78,10 +86,10 @@ def list_source(
     if names:
         if kind == "table":
             raise UserError(f"{source}: no table; drop --kind table")
-        listing = list_shards(root, names, kind, code_suffix, workers)
+        listing = list_shards(root, names, kind, code_suffix, workers, channels)
         return _split_by(listing, _split_of_shard) if by_name else listing
     chosen: Kind | None = "pairs" if kind == "pairs" else "images" if kind == "images" else None
-    listing = list_folder(root, chosen, code_suffix)
+    listing = list_folder(root, chosen, code_suffix, channels)
     return _split_by(listing, _split_of_folder) if by_name else listing
 
 
@@ -254,7 +262,12 @@ def _inside(root: str) -> Callable[[str], bool]:
 
 
 def list_shards(
-    root: str, names: Sequence[str], kind: str, code_suffix: str | None, workers: Workers | int
+    root: str,
+    names: Sequence[str],
+    kind: str,
+    code_suffix: str | None,
+    workers: Workers | int,
+    channels: int = 3,
 ) -> Listing:
     """The samples of the WebDataset shards `names` below `root`, by the rules of `pixloom index`:
     neighbouring members of one key, an image and, for pairs, its text. Only headers are read.
@@ -263,21 +276,22 @@ def list_shards(
     naming the shard and the byte for a tar that is damaged or cut.
     """
     extension = code_suffix.removeprefix(".") if code_suffix is not None else None
-    if extension is not None and (kind == "images" or extension in IMAGE_EXTENSIONS):
+    wanted = image_extensions(channels)
+    if extension is not None and (kind == "images" or extension in wanted):
         found_out = "--kind images packs no code" if kind == "images" else "that is an image's"
         raise UserError(f"--code-suffix {code_suffix}: {found_out}; drop it")
     where, found = _first_extensions(root, names)
-    if not any(one in IMAGE_EXTENSIONS for some in found.values() for one in some):
+    if not any(one in wanted for some in found.values() for one in some):
         seen = ", ".join(sorted(set().union(*found.values()))[:12])
         raise UserError(
-            f"{where}: no image members there; looked for {', '.join(IMAGE_EXTENSIONS)}, its "
+            f"{where}: no image members there; looked for {', '.join(wanted)}, its "
             f"samples have {seen}"
         )
     _, code_extension, has_code = choose_members(
         where,
         found,
         kind=kind,
-        image_extensions=IMAGE_EXTENSIONS,
+        image_extensions=wanted,
         code_extension=extension,
         given_tokenizer=True,
     )
@@ -286,11 +300,11 @@ def list_shards(
             f"{where}: has {TOKENS_EXTENSION} and no text, which packing needs; adopt the shards "
             "with `pixloom index --tokenizer FILE`, or give --kind images"
         )
-    tasks = [(root, name, code_extension) for name in names]
+    tasks = [(root, name, wanted, code_extension) for name in names]
     listed: dict[str, _Shard] = {}
     with closing(engines.run(_list_shard, tasks, workers, lambda task: task[1])) as results:
-        for (_, name, _), shard in results:
-            listed[name] = shard
+        for task, shard in results:
+            listed[task[1]] = shard
     shards = [listed[name] for name in names]
     return Listing(
         root,
@@ -320,15 +334,15 @@ def _first_extensions(root: str, names: Sequence[str]) -> tuple[str, dict[str, s
     raise UserError(f"{storage.join(root, names[0])}: no samples there")
 
 
-def _list_shard(task: tuple[str, str, str | None]) -> _Shard:
-    root, name, code_extension = task
+def _list_shard(task: tuple[str, str, tuple[str, ...], str | None]) -> _Shard:
+    root, name, wanted, code_extension = task
     shard = _Shard([], [], 0)
     pairs: dict[str, RawPair | None] = {}
     halves: dict[str, int] = {}
     url = storage.join(root, name)
     with storage.open_read(url) as file, storage.explained(url):
         for key, members in _runs(shard, name, file):
-            found = _pair_of(name, members, code_extension)
+            found = _pair_of(name, members, wanted, code_extension)
             cause = found if isinstance(found, str) else ""
             if key in halves:
                 # Its other half was there, elsewhere.
@@ -369,13 +383,16 @@ def _runs(
 
 
 def _pair_of(
-    shard: str, members: Sequence[tuple[str, tarfiles.Entry]], code_extension: str | None
+    shard: str,
+    members: Sequence[tuple[str, tarfiles.Entry]],
+    wanted: Sequence[str],
+    code_extension: str | None,
 ) -> RawPair | str:
     """The sample that neighbouring members make, or why they make none."""
-    found = [entry for extension, entry in members if extension in IMAGE_EXTENSIONS]
+    found = [entry for extension, entry in members if extension in wanted]
     codes = [entry for extension, entry in members if extension == code_extension]
     code = codes[0] if codes else None
-    extensions = [extension for extension, _ in members if extension in IMAGE_EXTENSIONS]
+    extensions = [extension for extension, _ in members if extension in wanted]
     if len(set(extensions)) < len(extensions) or len(codes) > 1:
         return "duplicate_member"
     if len(found) != 1:
@@ -422,6 +439,11 @@ def guess_split(name: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def image_extensions(channels: int) -> tuple[str, ...]:
+    """Of the members that may hold images of so many channels, unless others are named."""
+    return IMAGE_EXTENSIONS if channels in COLOUR_CHANNELS else ARRAY_EXTENSIONS
+
+
 def choose_members(
     where: str,
     extensions: Mapping[str, set[str]],
@@ -435,7 +457,7 @@ def choose_members(
 
     `extensions` are those of each sample. Raises `UserError` naming `where` and what is there.
     """
-    wanted = tuple(image_extensions) or IMAGE_EXTENSIONS
+    wanted = tuple(image_extensions)
     beside = [found for found in extensions.values() if found & set(wanted)]
     if not beside:
         seen = ", ".join(sorted(set().union(*extensions.values()))[:12])

@@ -30,6 +30,7 @@ from shards import engines, images, layouts, plan, sources, storage, tokens, ver
 from shards.engines import Workers
 from shards.format import (
     MANIFEST_NAME,
+    MAX_CHANNELS,
     PLAN_NAME,
     TAR_BLOCK_BYTES,
     TOKENIZER_NAME,
@@ -204,7 +205,7 @@ def draft(
 
     Raises `UserError`, and `TooManyBadError` above `max_bad` skipped samples.
     """
-    records, refused = plan.scan(source, listing, workers)
+    records, refused = plan.scan(source, listing, workers, options.image.channels)
     skips = sorted((*listing.skips, *refused), key=lambda skip: (skip.cause, skip.name))
     if not records:
         found = describe_skips(plan.causes(skips), skips)
@@ -629,12 +630,22 @@ def _parser() -> argparse.ArgumentParser:
         choices=("stretch", "pad", "crop", "none"),
         help="how an image of another shape gets there (default: stretch with --size, else none)",
     )
-    add("--channels", type=int, choices=(1, 3, 4), default=3, help="grey, RGB or RGBA (default: 3)")
+    add(
+        "--channels",
+        type=channel_count,
+        default=3,
+        metavar="N",
+        help="1, 3, 4: grey, RGB or RGBA (default: 3); else 2 to 64: arrays, of .npy files or of "
+        "TIFFs of so many bands, packed as .npy. An .npy is HxWxC, or HxW for 1 channel; it is "
+        "read as CxHxW where its last axis cannot be the channels and its first can. Values are "
+        "uint8, or uint16 scaled to it. With 1, 3, 4 .npy files are used where SOURCE has no other "
+        "images",
+    )
     add(
         "--encode",
         choices=("keep", "png", "jpeg", "webp"),
         help="keep: the file's own bytes where it is an upright PNG, JPEG or WEBP with these "
-        "channels and one frame, else PNG (default: keep, or png with --size)",
+        "channels and one frame, else PNG (default: keep, or png with --size). Of arrays: npy",
     )
     add("--quality", type=_count, default=90, help="of jpeg and webp, 1 to 100 (default: 90)")
     add(
@@ -642,7 +653,8 @@ def _parser() -> argparse.ArgumentParser:
         type=_colour,
         default=(255, 255, 255),
         metavar="COLOUR",
-        help="shown by transparent pixels and by padding, as #rrggbb or a name (default: white)",
+        help="shown by transparent pixels and by padding, as #rrggbb or a name (default: white); "
+        "in channels beyond the third its grey, and in all of 2",
     )
     group = parser.add_argument_group("code")
     add = group.add_argument
@@ -746,6 +758,13 @@ def _limit(text: str) -> int:
     return int(text)
 
 
+def channel_count(text: str) -> int:
+    """The value of `--channels`. Raises `argparse.ArgumentTypeError`."""
+    if not (re.fullmatch(r"[0-9]{1,2}", text) and 1 <= int(text) <= MAX_CHANNELS):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose 1 to {MAX_CHANNELS}")
+    return int(text)
+
+
 def _count(text: str) -> int:
     value = _limit(text)
     if value < 1:
@@ -775,6 +794,7 @@ def _prepare(args: argparse.Namespace, workers: Workers) -> tuple[Listing, Optio
         code_suffix=args.code_suffix,
         columns=columns,
         by_name=split == plan.FOLDERS,
+        channels=args.channels,
         workers=workers,
     )
     tokenizer, tokenizer_json = _choose_tokenizer(args, listing.kind)

@@ -256,10 +256,13 @@ def count_groups(spec: SplitSpec, num_groups: int) -> dict[str, int]:
     return counts
 
 
-def scan(root: str, listing: Listing, workers: Workers | int) -> tuple[list[Record], list[Skip]]:
-    """Reads and hashes every listed sample; refuses what its header or its text rules out."""
+def scan(
+    root: str, listing: Listing, workers: Workers | int, channels: int = 3
+) -> tuple[list[Record], list[Skip]]:
+    """Reads and hashes every listed sample; refuses what its header or its text rules out, for
+    images that will have so many channels."""
     pieces = _pieces([pair.block for pair in listing.pairs])
-    chunks = [_Chunk(root, listing.pairs[start:stop], start) for start, stop in pieces]
+    chunks = [_Chunk(root, listing.pairs[start:stop], start, channels) for start, stop in pieces]
     results = engines.run(
         _scan_chunk, chunks, workers, lambda chunk: f"scan from {chunk.pairs[0].image}", _without
     )
@@ -475,6 +478,7 @@ class _Chunk:
     root: str
     pairs: Sequence[RawPair]
     start: int
+    channels: int
     poison: frozenset[str] = frozenset()
 
 
@@ -493,7 +497,7 @@ def _scan_chunk(chunk: _Chunk) -> list[Record | Skip]:
                 continue
             engines.note(pair.image)
             with images.memory_explained(f"{chunk.root}/{pair.image}"):
-                found.append(_scan_pair(read, pair))
+                found.append(_scan_pair(read, pair, chunk.channels))
     return found
 
 
@@ -517,10 +521,10 @@ def _code_file(pair: RawPair) -> FileRead:
     return FileRead(str(pair.code), pair.code_bytes, MAX_CODE_BYTES, pair.code_place)
 
 
-def _scan_pair(read: Reader, pair: RawPair) -> Record | Skip:
+def _scan_pair(read: Reader, pair: RawPair, channels: int) -> Record | Skip:
     try:
         data = read(_image_file(pair))
-        width, height = images.read_size(data)
+        width, height = images.read_size(data, channels=channels)
     except TooLargeError:
         return Skip("too_large", pair.image)
     except NoCellError:
@@ -608,9 +612,10 @@ def _estimate_bytes(record: Record, image: ImagePolicy) -> int:
     if image.encode == "keep":
         pixels_bytes = record.image_bytes
     else:
-        # Encoders take a half or less of the raw pixels; a picture of text takes far less.
+        # Encoders take a half or less of the raw pixels; a picture of text takes far less. Arrays
+        # are not encoded.
         width, height = image.width or record.width, image.height or record.height
-        pixels_bytes = width * height * image.channels // 2
+        pixels_bytes = width * height * image.channels // (1 if image.encode == "npy" else 2)
     return pixels_bytes + 2 * record.code_bytes + num_members * 2 * TAR_BLOCK_BYTES
 
 

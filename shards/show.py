@@ -192,7 +192,8 @@ def _draw_title(figure: Figure, root: str, manifest: Manifest, split: str, heigh
     policy = manifest.image
     total = sum(manifest.num_samples(name) for name in manifest.splits)
     size = "sizes kept" if policy.width is None else f"{policy.width}x{policy.height}"
-    channels = {1: "grey", 3: "RGB", 4: "RGBA"}[policy.channels]
+    names = {1: "grey", 3: "RGB", 4: "RGBA"}
+    channels = names.get(policy.channels, f"in {policy.channels} channels")
     facts = [f"{total:,} samples", f"{size} {channels}"]
     if manifest.tokenizer is not None:
         facts.append(f"vocabulary of {manifest.tokenizer.vocab_size:,}")
@@ -204,9 +205,10 @@ def _draw_title(figure: Figure, root: str, manifest: Manifest, split: str, heigh
 
 
 def _draw_image(axes: Axes, one: Shown) -> None:
-    grey = one.image.shape[2] == 1
+    image = images.viewable(one.image)
+    grey = image.shape[2] == 1
     axes.imshow(
-        one.image[:, :, 0] if grey else one.image,
+        image[:, :, 0] if grey else image,
         cmap="gray" if grey else None,
         vmin=0,
         vmax=255,

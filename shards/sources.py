@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards import storage, tables
-from shards.format import Kind
+from shards.format import COLOUR_CHANNELS, Kind
 from shards.storage import MissingError, UserError
 
 IMAGE_SUFFIXES = (
     ".png", ".apng", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff",
 )  # fmt: skip
+ARRAY_SUFFIXES = (".npy", ".tif", ".tiff")
+"""Of images of other than 1, 3 or 4 channels."""
 CODE_SUFFIXES = (".gui", ".html", ".tex", ".txt")
 MAX_CODE_BYTES = 16 * 2**20
 
@@ -98,13 +100,16 @@ class NoCellError(OSError):
     """A row of a table without a value where one is wanted."""
 
 
-def list_folder(root: str, kind: Kind | None = None, code_suffix: str | None = None) -> Listing:
+def list_folder(
+    root: str, kind: Kind | None = None, code_suffix: str | None = None, channels: int = 3
+) -> Listing:
     """Finds the samples under `root`, a folder on disk or on a store, at any depth.
 
     In a folder of `pairs` an image and its code share their path up to the suffix; a folder of
     `images` holds images alone. Without `kind`, a folder in which code lies beside images is one
     of pairs. Hidden files are ignored, links and special files never followed or opened; neither
-    are objects whose names no URL can hold.
+    are objects whose names no URL can hold. `.npy` files are images where `channels` are not a
+    colour's, and where there are no others.
 
     Raises `UserError` when there is no folder, no image, or no telling what the code is, and for a
     code suffix with `images`.
@@ -113,13 +118,16 @@ def list_folder(root: str, kind: Kind | None = None, code_suffix: str | None = N
         raise UserError(
             f"--code-suffix {code_suffix}: --kind images packs no code; drop one of them"
         )
-    if code_suffix in IMAGE_SUFFIXES:
+    if code_suffix in (*IMAGE_SUFFIXES, *ARRAY_SUFFIXES):
         raise UserError(f"--code-suffix {code_suffix}: that is an image's suffix")
     sizes, skips = _list_store(root) if storage.is_remote(root) else _list_local(root)
     files = sorted(sizes, key=os.fsencode)
-    images = [name for name in files if _suffix(name) in IMAGE_SUFFIXES]
+    wanted = image_suffixes(channels)
+    images = [name for name in files if _suffix(name) in wanted]
     if not images:
-        raise UserError(f"{root}: no images there; looked for {' '.join(IMAGE_SUFFIXES)}")
+        images = [name for name in files if _suffix(name) == ".npy"]
+    if not images:
+        raise UserError(f"{root}: no images there; looked for {' '.join(wanted)}")
     if code_suffix is None and kind != "images":
         code_suffix = _find_code_suffix(root, files, {_stem(name) for name in images})
         if code_suffix is None and kind == "pairs":
@@ -153,6 +161,11 @@ def list_folder(root: str, kind: Kind | None = None, code_suffix: str | None = N
         pairs.append(RawPair(name, code, sizes[name], sizes[code]))
     num_other = len(files) - len(images) - len(code_names)
     return Listing(root, "pairs", code_suffix, tuple(pairs), tuple(skips), num_other)
+
+
+def image_suffixes(channels: int) -> tuple[str, ...]:
+    """Of the files that may hold images of so many channels."""
+    return IMAGE_SUFFIXES if channels in COLOUR_CHANNELS else ARRAY_SUFFIXES
 
 
 def read_file(

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from shards import engines, foreign, images, storage, tokens
 from shards.foreign import Adoption
 from shards.format import (
+    ARRAY_EXTENSION,
     BOS,
     EOS,
     IMAGE_EXTENSIONS,
@@ -455,7 +456,8 @@ def _check_sample(
         member.extension: tar[member.offset : member.offset + member.size]
         for member in span.members
     }
-    found_images = [extension for extension in IMAGE_EXTENSIONS if extension in members]
+    image_extensions = (*IMAGE_EXTENSIONS, ARRAY_EXTENSION)
+    found_images = [extension for extension in image_extensions if extension in members]
     others = {"json"} if num_tokens is None else {"json", "txt", TOKENS_EXTENSION}
     if len(found_images) != 1 or members.keys() - set(found_images) != others:
         return f"has the members {' '.join(sorted(members))}"

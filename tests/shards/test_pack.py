@@ -355,7 +355,7 @@ def test_what_is_not_a_pack_is_not_touched(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", [("--size", "8"), ("--channels", "2"), ("--workers", "-1")])
+@pytest.mark.parametrize("option", [("--size", "8"), ("--channels", "65"), ("--workers", "-1")])
 def test_usage_errors_exit_2(option: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stopped:
         pack.main([str(tmp_path), str(tmp_path / "out"), *option])
