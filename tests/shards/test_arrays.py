@@ -231,7 +231,7 @@ def test_channels_are_fitted_one_by_one_as_grey_images_are() -> None:
         for at, value in enumerate(values):
             band = Image.fromarray(np.ascontiguousarray(PIXELS[:, :, at]))
             expected = {
-                "stretch": lambda band=band: band.resize(size, how, reducing_gap=3.0),
+                "stretch": lambda band=band: band.resize(size, how, reducing_gap=2.0),
                 "crop": lambda band=band: ImageOps.fit(band, size, how),
                 "pad": lambda band=band, value=value: ImageOps.pad(band, size, how, value),
             }[fit]()
