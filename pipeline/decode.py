@@ -8,11 +8,13 @@ Tensor names carry their shape: B samples, K hypotheses of a sample, R = B * K r
 C channels, H height, W width, V vocabulary, T tokens, S states of a grammar.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from pipeline.grammar import Mask, TokenGrammar
 from shards.format import BOS, EOS, PAD
 
 _Tree = TypeVar("_Tree")
@@ -30,27 +32,6 @@ class Decodable(Protocol):
     def step(self, token_B: Tensor, state: Any, memory: Any) -> tuple[Tensor, Any]: ...
 
 
-class Mask(NamedTuple):
-    """What a grammar lets a decoder write. State 0 is that of an empty code."""
-
-    least_SV: Tensor
-    """the fewest tokens that must still follow token v before `<eos>`; -1 for `<eos>` where the
-    code may end; `BARRED` for what the grammar does not take"""
-    next_SV: Tensor
-    """int64, the state after token v; 0 after `<eos>` and what is barred"""
-
-    def to(self, device: torch.device) -> "Mask":
-        return Mask(self.least_SV.to(device), self.next_SV.to(device))
-
-    def barred(self, state_R: Tensor, num_left: int) -> Tensor:
-        """True for what may not be written next, if at most `num_left` tokens may follow it."""
-        return self.least_SV[state_R] > num_left
-
-
-BARRED = 2**15 - 1
-"""in `Mask.least_SV`, which is int16: more tokens than any code has"""
-
-
 class Hypothesis(NamedTuple):
     """One code that beam search found."""
 
@@ -62,6 +43,42 @@ class Hypothesis(NamedTuple):
     """`score` over the length penalty: what the finished ones are ordered by, best first"""
     finished: bool
     """False: cut off at `max_tokens`"""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How codes are read out of a model: the keys of `[validate]` that say so."""
+
+    beam: int = 1
+    """hypotheses that beam search keeps; 1: greedy"""
+    length_penalty: float = 0.0
+    grammar: TokenGrammar | None = None
+    masked: bool = True
+    """whether only what the grammar takes is written"""
+
+    def codes(self, model: Decodable, image_BCHW: Tensor, max_tokens: int) -> list[list[int]]:
+        """The best code of each image, as `greedy` or `beam_search` finds it."""
+        if self.beam == 1:
+            return greedy(model, image_BCHW, max_tokens, mask=self._mask(image_BCHW))
+        return [found[0].tokens for found in self.hypotheses(model, image_BCHW, max_tokens)]
+
+    def hypotheses(
+        self, model: Decodable, image_BCHW: Tensor, max_tokens: int
+    ) -> list[list[Hypothesis]]:
+        """`beam_search`, the greedy code with its score for a beam of 1."""
+        return beam_search(
+            model,
+            image_BCHW,
+            max_tokens,
+            beam_size=self.beam,
+            length_penalty=self.length_penalty if self.beam > 1 else 0.0,
+            mask=self._mask(image_BCHW),
+        )
+
+    def _mask(self, image_BCHW: Tensor) -> Mask | None:
+        if self.grammar is None or not self.masked:
+            return None
+        return self.grammar.mask.to(image_BCHW.device)
 
 
 @torch.no_grad()
