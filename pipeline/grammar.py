@@ -108,6 +108,8 @@ class Grammar:
     """the first is the whole code"""
     classes: dict[str, str]
     """of every literal in a rule marked `@skeleton`, the rule's name"""
+    text: str
+    """the file's"""
 
     @classmethod
     def open(cls, name: str) -> "Grammar":
@@ -217,6 +219,7 @@ class _Parser:
 
     def __init__(self, text: str, where: str) -> None:
         self.where = where
+        self.text = text
         self.lexemes = list(self._lex(text))
         self.at = 0
 
@@ -241,7 +244,7 @@ class _Parser:
             raise UserError(f"{self.where}: no rule in it")
         self._check_names(rules)
         self._check_recursion(rules)
-        return Grammar(self.where, rules, self._classes(rules, marked))
+        return Grammar(self.where, rules, self._classes(rules, marked), self.text)
 
     def _lex(self, text: str) -> Iterator[_Lexeme]:
         at, line = 0, 1

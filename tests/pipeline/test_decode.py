@@ -2,15 +2,19 @@
 
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from pipeline.decode import Hypothesis, beam_search, greedy
+from pipeline.grammar import Grammar, TokenGrammar
 from pipeline.models import Seq2Seq, Seq2SeqConfig
+from shards import tokens
 from shards.format import BOS, EOS, PAD
 
 seeds = st.integers(0, 10_000)
@@ -54,11 +58,11 @@ def every_code(
     allowed = [token for token in range(vocab_size) if token not in (PAD, BOS, EOS)]
     found = []
     for length in range(max_tokens + 1):
-        for tokens in itertools.product(allowed, repeat=length):
-            after_V = log_probs(model, image_1CHW, list(tokens))[-1].clone()
+        for words in itertools.product(allowed, repeat=length):
+            after_V = log_probs(model, image_1CHW, list(words))[-1].clone()
             after_V[[PAD, BOS]] = -math.inf
             finished = length < max_tokens or int(after_V.argmax()) == EOS
-            found.append(Hypothesis(list(tokens), 0.0, 0.0, finished))
+            found.append(Hypothesis(list(words), 0.0, 0.0, finished))
     return [one._replace(score=rescored(model, image_1CHW, one)) for one in found]
 
 
@@ -129,3 +133,57 @@ def test_scores_are_those_of_teacher_forcing(seed: int, beam_size: int, max_toke
         for finished in (True, False):
             ranks = [one.rank_score for one in hypotheses if one.finished == finished]
             assert ranks == sorted(ranks, reverse=True)
+
+
+def char_tokenizer(chars: str) -> Tokenizer:
+    return tokens.load_tokenizer(tokens.train_char_tokenizer(Counter(chars)), "it")
+
+
+LISTS = (
+    'list = "[" (item ("," item)*)? "]" ; item = "a" | "b"{2,3} | list2 ; list2 = "[" "a"* "]" ;'
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 9999),
+    max_tokens=st.integers(2, 9),
+    beam_size=st.integers(1, 6),
+    scale=st.sampled_from([1.0, 4.0]),
+)
+def test_all_that_is_written_under_a_mask_can_be_parsed(
+    seed: int, max_tokens: int, beam_size: int, scale: float
+) -> None:
+    tokenizer = char_tokenizer("[a,b]")
+    known = TokenGrammar(Grammar.parse(LISTS, "g"), tokenizer, max_tokens)
+    model, image_BCHW = seq2seq(seed, tokenizer.get_vocab_size(), scale), images(seed, 5)
+    codes = greedy(model, image_BCHW, max_tokens, mask=known.mask)
+    found = beam_search(model, image_BCHW, max_tokens, beam_size=beam_size, mask=known.mask)
+    for code, hypotheses in zip(codes, found, strict=True):
+        if beam_size == 1:
+            assert hypotheses[0].tokens == code
+        for written in (code, *(one.tokens for one in hypotheses)):
+            assert known.accepts(written)
+            assert len(written) <= max_tokens
+        assert all(one.finished for one in hypotheses)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 9999))
+def test_a_mask_leaves_the_scores_of_what_it_lets_pass(seed: int) -> None:
+    """A wide beam under a mask is a wide beam, less what the grammar does not accept."""
+    tokenizer = char_tokenizer("ab")
+    known = TokenGrammar(Grammar.parse('c = ("a" | "b" "a"?){1,2} ;', "g"), tokenizer, 4)
+    model, image_BCHW = seq2seq(seed, tokenizer.get_vocab_size()), images(seed, 2)
+    masked = beam_search(model, image_BCHW, 4, beam_size=130, mask=known.mask)
+    everything = beam_search(model, image_BCHW, 4, beam_size=130)
+    for some, found in zip(masked, everything, strict=True):
+        expected = [
+            one
+            for one in found
+            if known.accepts(one.tokens) and (one.finished or len(one.tokens) == 4)
+        ]
+        short = [one for one in some if len(one.tokens) < 4]
+        assert short
+        wanted = {tuple(one.tokens): one.score for one in expected if len(one.tokens) < 4}
+        assert {tuple(one.tokens): one.score for one in short} == pytest.approx(wanted)
