@@ -1,7 +1,7 @@
 """The small pure modules: random keys, learning rate, metrics, state."""
 
 import math
-import random
+from random import Random
 
 import numpy as np
 import pytest
@@ -107,13 +107,13 @@ codes = st.lists(st.integers(4, 6), max_size=12)
 
 @given(st.lists(st.tuples(codes, codes), min_size=1, max_size=5), st.randoms())
 def test_bleu_is_that_of_the_paper_in_any_order(
-    pairs: list[tuple[list[int], list[int]]], rng: random.Random
+    pairs: list[tuple[list[int], list[int]]], order: Random
 ) -> None:
     guesses, truths = [guess for guess, _ in pairs], [truth for _, truth in pairs]
     bleu = code_metrics(len(pairs), code_sums(guesses, truths))["bleu4"]
     assert bleu == pytest.approx(bleu_by_the_paper(guesses, truths))
     rows = [code_sums([guess], [truth]) for guess, truth in pairs]
-    rng.shuffle(rows)
+    order.shuffle(rows)
     assert code_metrics(len(pairs), merge(rows))["bleu4"] == bleu
 
 
