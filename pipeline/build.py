@@ -13,13 +13,16 @@ from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from tokenizers import Tokenizer
 from torch import nn
 
 from pipeline import checkpoint
 from pipeline.cache import Node, Reads, reads_of
 from pipeline.config import Config, DataConfig, parse_size
 from pipeline.datasets import Datasets
+from pipeline.decode import Decoding
 from pipeline.fit import Fit
+from pipeline.grammar import Grammar, TokenGrammar
 from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.order import Order
 from pipeline.parallel import unsharded_accelerate
@@ -218,6 +221,34 @@ def ending(accelerator: Accelerator) -> Iterator[None]:
         accelerator.end_training()
         raise
     accelerator.end_training()
+
+
+def decoding_of(config: Config, data: Datasets) -> Decoding:
+    """How `[validate]` says that codes are decoded. Raises `UserError` as `new_decoding`."""
+    file = TokenizerFile.of(data.roots[0], data.manifests[0])
+    tokenizer = file.load() if file is not None and config.validate.grammar else None
+    return new_decoding(config, tokenizer)
+
+
+def new_decoding(
+    config: Config, tokenizer: Tokenizer | None, grammar: Grammar | None = None
+) -> Decoding:
+    """The same with this tokenizer, and with this grammar in place of the one that is named.
+
+    Raises:
+        UserError: the model writes no code; the grammar cannot be read, or its code not be written
+            with the tokenizer.
+    """
+    wanted, model = config.validate, config.model
+    if not isinstance(model, Seq2SeqConfig):
+        for key, given in (("beam", wanted.beam > 1), ("grammar", bool(wanted.grammar))):
+            if given:
+                raise UserError(f"validate.{key}: model.name = {model.name} writes no code")
+        return Decoding()
+    known = None
+    if wanted.grammar and tokenizer is not None:
+        known = TokenGrammar(grammar or Grammar.open(wanted.grammar), tokenizer, model.max_tokens)
+    return Decoding(wanted.beam, wanted.length_penalty, known, wanted.mask)
 
 
 def check_metric(config: Config, task: Task) -> None:

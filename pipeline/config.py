@@ -170,11 +170,23 @@ class ValidateConfig:
     """what says which checkpoint is best; default: exact_match (seq2seq), mse (autoencoder)"""
     patience: int = 0
     """stop after so many validations without a better metric; 0: never"""
+    beam: int = 1
+    """seq2seq: hypotheses that beam search keeps; 1: greedy"""
+    length_penalty: float = 0.0
+    """with validate.beam: log-probabilities are divided by ((5 + tokens) / 6) to this power; above
+    0 it favours longer codes"""
+    grammar: str = ""
+    """seq2seq: web (the language of pix2code's web screens), or a FILE; adds validity and
+    skeleton_match to the metrics"""
+    mask: bool = True
+    """with validate.grammar: write nothing that it does not take; false: only measure"""
 
     def __post_init__(self) -> None:
         _at_least("validate.every_steps", self.every_steps, 0)
         _at_least("validate.batch_size", self.batch_size, 1)
         _at_least("validate.patience", self.patience, 0)
+        _at_least("validate.beam", self.beam, 1)
+        _at_least("validate.length_penalty", self.length_penalty, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +237,10 @@ MAY_CHANGE = frozenset(
         "data.cache_bytes",
         "data.max_bad",
         "validate.patience",
+        "validate.beam",
+        "validate.length_penalty",
+        "validate.grammar",
+        "validate.mask",
         "checkpoint.every_steps",
         "checkpoint.keep_last",
         "checkpoint.keep_every_steps",
@@ -265,6 +281,30 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             default=None,
             help=" | ".join(helps).replace("%", "%%"),
         )
+
+
+def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds what `with_decoding` reads: flags for the keys of `[validate]` about decoding."""
+    add = parser.add_argument
+    add("--beam", type=int, metavar="N", help="validate.beam [the run's]")
+    add("--length-penalty", type=float, metavar="A", help="validate.length_penalty [the run's]")
+    add("--grammar", metavar="NAME", help="validate.grammar: web, or a file [the run's]")
+    add("--no-mask", action="store_true", help="validate.mask = false")
+
+
+def with_decoding(config: Config, arguments: argparse.Namespace) -> Config:
+    """The configuration, flags of `add_decoding_flags` in place of its keys. Raises `UserError`."""
+    given = {
+        name: value
+        for name in ("beam", "length_penalty", "grammar")
+        if (value := getattr(arguments, name)) is not None
+    }
+    if arguments.no_mask:
+        given["mask"] = False
+    try:
+        return dataclasses.replace(config, validate=dataclasses.replace(config.validate, **given))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: typing.Sequence[str] | None) -> Any:

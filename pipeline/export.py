@@ -31,6 +31,7 @@ from pipeline.build import dtype_of, image_shape, load_model
 from pipeline.config import Config, config_of, config_of_run, to_dict
 from pipeline.datasets import Datasets
 from pipeline.dcp import write_tensors
+from pipeline.grammar import Grammar
 from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.state import TrainState
 from pipeline.tasks import build_task
@@ -57,11 +58,13 @@ class Export:
     config: Mapping[str, Mapping[str, Any]]
     """the run's configuration, without what names a place"""
     settings: Config
-    """its `model` and `optim.precision` are the run's; the rest is a placeholder"""
+    """its `model`, `optim.precision` and how to decode are the run's; the rest is a placeholder"""
     image: ImagePolicy
     """how an image becomes one that the model takes, see `shards.images.fit_and_encode`"""
     vocab_size: int | None
     tokenizer_json: str | None
+    grammar: str | None
+    """the text of validate.grammar"""
     data_digest: str
     step: int
     metrics: Mapping[str, float]
@@ -144,6 +147,7 @@ def write_export(run: Path, which: str, folder: Path, *, overwrite: bool = False
         "version": EXPORT_VERSION,
         "image": dataclasses.asdict(data.image),
         "vocab_size": vocab_size,
+        "grammar": Grammar.open(config.validate.grammar).text if config.validate.grammar else None,
         "data_digest": data.data_digest,
         "step": state.step,
         "metrics": _metrics_at(run, config, state),
@@ -206,7 +210,14 @@ def read_export(folder: Path) -> Export:
             },
             "model": body["config"]["model"],
             "optim": {"precision": body["config"]["optim"]["precision"]},
+            "validate": {
+                name: value
+                for name, value in body["config"].get("validate", {}).items()
+                if name in ("beam", "length_penalty", "mask")
+            },
         }
+        if body.get("grammar"):
+            settings["validate"]["grammar"] = "its own"
         image = body["image"]
         return Export(
             folder=folder,
@@ -217,6 +228,7 @@ def read_export(folder: Path) -> Export:
             tokenizer_json=(folder / TOKENIZER_NAME).read_text(encoding="utf-8")
             if TOKENIZER_NAME in body["files"]
             else None,
+            grammar=body.get("grammar"),
             data_digest=body["data_digest"],
             step=body["step"],
             metrics=body["metrics"],

@@ -13,13 +13,14 @@ the same pixels here as in its shard. One that is refused is named, and the rest
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import sys
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,11 +29,12 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from pipeline.build import dtype_of, fit_of
-from pipeline.config import Config
-from pipeline.decode import greedy
+from pipeline.build import dtype_of, fit_of, new_decoding
+from pipeline.config import Config, add_decoding_flags, with_decoding
+from pipeline.decode import Decoding
 from pipeline.export import CONFIG_NAME, open_run, read_export
 from pipeline.fit import Fit, decode_fitted
+from pipeline.grammar import Grammar
 from pipeline.models import Autoencoder, Seq2Seq
 from pipeline.tasks import as_floats
 from shards import arrays, engines, images, storage, tokens
@@ -42,26 +44,44 @@ from shards.sources import IMAGE_SUFFIXES, image_suffixes
 from shards.storage import UserError
 
 
+class Code(NamedTuple):
+    """What a model reads off an image."""
+
+    text: str
+    score: float
+    """log-probability"""
+
+    @property
+    def confidence(self) -> float:
+        """The model's own probability of the whole code, in [0,1]."""
+        return math.exp(self.score)
+
+
 @dataclass(frozen=True)
 class Trained:
     """A model in eval mode, with what it takes to show it an image and to read its answer."""
 
     model: nn.Module
     settings: Config
-    """its `model` and `optim.precision` alone are meant"""
+    """its `model`, `optim.precision` and how to decode alone are meant"""
     image: ImagePolicy
     tokenizer: Tokenizer | None
     step: int
     fit: Fit | None = None
     """`data.size` and `data.fit`: how training scaled what was packed"""
+    decoding: Decoding = Decoding()  # noqa: RUF009  frozen
 
     @classmethod
-    def open(cls, folder: Path, which: str | None = None) -> "Trained":
-        """A run's checkpoint `which` (best, last, or a step's number; None is best), or an export.
+    def open(
+        cls, folder: Path, which: str | None = None, flags: argparse.Namespace | None = None
+    ) -> "Trained":
+        """A run's checkpoint `which` (best, last, or a step's number; None is best), or an export;
+        with `flags` of `add_decoding_flags` in place of how it was decoded in training.
 
         Raises:
             UserError: `folder` is neither, or is damaged; `which` for an export, which has one.
         """
+        grammar = None
         if (folder / "config.toml").is_file():
             run = open_run(folder, which or "best")
             model, settings, image = run.model, run.config, run.data.image
@@ -72,14 +92,19 @@ class Trained:
             export = read_export(folder)
             model, settings, image = export.build_model(), export.settings, export.image
             tokenizer_json, step = export.tokenizer_json, export.step
+            if export.grammar is not None and (flags is None or flags.grammar is None):
+                grammar = Grammar.parse(export.grammar, f"{folder}: its grammar")
         else:
             found = "neither a run nor an export" if folder.is_dir() else "no such folder"
             raise UserError(f"{folder}: {found} (config.toml or {CONFIG_NAME} is missing)")
         tokenizer = None
         if tokenizer_json is not None:
             tokenizer = tokens.load_tokenizer(tokenizer_json, f"{folder}: its {TOKENIZER_NAME}")
+        if flags is not None:
+            settings = with_decoding(settings, flags)
+        decoding = new_decoding(settings, tokenizer, grammar)
         fit = fit_of(settings.data, image)
-        return cls(model.eval().to(_device()), settings, image, tokenizer, step, fit)
+        return cls(model.eval().to(_device()), settings, image, tokenizer, step, fit, decoding)
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -106,13 +131,18 @@ class Trained:
         return images.decode(packed.data, self.image.channels)
 
     @torch.inference_mode()
-    def codes(self, pixels: Sequence[NDArray[np.uint8]]) -> list[str]:
-        """The likeliest code of each image, as text; unknown words are `<unk>`."""
-        assert isinstance(self.model, Seq2Seq)
-        assert self.tokenizer is not None
+    def codes(self, pixels: Sequence[NDArray[np.uint8]]) -> list[list[Code]]:
+        """The likeliest codes of each image, best first; unknown words are `<unk>`."""
+        model, tokenizer = self.model, self.tokenizer
+        assert isinstance(model, Seq2Seq)
+        assert tokenizer is not None
         with self._autocast():
-            ids = greedy(self.model, self._floats(pixels), self.model.config.max_tokens)
-        return [tokens.decode(self.tokenizer, row) for row in ids]
+            image_BCHW, length = self._floats(pixels), model.config.max_tokens
+            found = self.decoding.hypotheses(model, image_BCHW, length)
+        return [
+            [Code(tokens.decode(tokenizer, one.tokens), one.score) for one in hypotheses]
+            for hypotheses in found
+        ]
 
     @torch.inference_mode()
     def reconstructions(
@@ -155,6 +185,8 @@ class Prediction:
     source: Source
     refused: str | None = None
     code: str | None = None
+    """the best of `codes`"""
+    codes: Sequence[Code] = ()
     pixels: NDArray[np.uint8] | None = None
     mse: float | None = None
 
@@ -190,8 +222,8 @@ def predict(
         if waiting and (len(waiting) == batch_size or number == len(sources)):
             batch = [pixels for _, pixels in waiting]
             if isinstance(trained.model, Seq2Seq):
-                for (one, _), code in zip(waiting, trained.codes(batch), strict=True):
-                    yield Prediction(one, code=code)
+                for (one, _), codes in zip(waiting, trained.codes(batch), strict=True):
+                    yield Prediction(one, code=codes[0].text, codes=codes)
             else:
                 rebuilt = trained.reconstructions(batch)
                 for (one, _), (pixels, mse) in zip(waiting, rebuilt, strict=True):
@@ -213,6 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--overwrite", action="store_true", help="replace files that are already under --out")
     add("--checkpoint", help="of a run: best, last, or a step's number [best]")
     add("--batch-size", type=int, default=32, metavar="N", help="images at a time [32]")
+    add_decoding_flags(parser)
+    add("--n-best", type=int, default=1, metavar="N", help="with --json: the N best of --beam [1]")
     add("--json", action="store_true", help="one JSON object on stdout")
     return storage.command("predict", lambda: _predict(parser.parse_args(argv)))
 
@@ -222,8 +256,15 @@ def _predict(arguments: argparse.Namespace) -> int:
         raise UserError(f"--batch-size {arguments.batch_size}: must be at least 1")
     if not re.fullmatch(r"\.\w+", arguments.code_suffix):
         raise UserError(f"--code-suffix {arguments.code_suffix}: write one as in .gui")
-    trained = Trained.open(arguments.run, arguments.checkpoint)
+    trained = Trained.open(arguments.run, arguments.checkpoint, arguments)
     writes_code = isinstance(trained.model, Seq2Seq)
+    if not 1 <= arguments.n_best <= trained.decoding.beam:
+        raise UserError(
+            f"--n-best {arguments.n_best}: at least 1, and at most --beam, which is "
+            f"{trained.decoding.beam}"
+        )
+    if arguments.n_best > 1 and not arguments.json:
+        raise UserError(f"--n-best {arguments.n_best}: give --json, which has a place for them")
     sources = find_images(arguments.images, trained.suffixes)
     outputs: dict[Source, Path] = {}
     if arguments.out is not None:
@@ -246,7 +287,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     places = {source: place for place, source in enumerate(sources)}
     done.sort(key=lambda prediction: places[prediction.source])
     if arguments.json:
-        print(json.dumps(_json(trained, done, outputs)))
+        print(json.dumps(_json(trained, done, outputs, arguments.n_best)))
     else:
         alone = len(arguments.images) == 1 and not arguments.images[0].is_dir()
         for prediction in done:
@@ -300,7 +341,7 @@ def _write(prediction: Prediction, path: Path) -> Prediction:
             else:
                 picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
                 picture.save(path, "PNG")
-    return Prediction(prediction.source, code=prediction.code, mse=prediction.mse)
+    return replace(prediction, pixels=None)
 
 
 def _ended(code: str) -> str:
@@ -309,7 +350,7 @@ def _ended(code: str) -> str:
 
 
 def _json(
-    trained: Trained, done: Sequence[Prediction], outputs: dict[Source, Path]
+    trained: Trained, done: Sequence[Prediction], outputs: dict[Source, Path], n_best: int
 ) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for prediction in done:
@@ -317,10 +358,19 @@ def _json(
         for name in ("refused", "code", "mse"):
             if getattr(prediction, name) is not None:
                 row[name] = getattr(prediction, name)
+        if prediction.codes:
+            row |= _scores(prediction.codes[0])
+        if n_best > 1:
+            some = prediction.codes[:n_best]
+            row["n_best"] = [{"code": one.text, **_scores(one)} for one in some]
         if outputs and prediction.refused is None:
             row["file"] = str(outputs[prediction.source])
         rows.append(row)
     return {"model": trained.settings.model.name, "step": trained.step, "images": rows}
+
+
+def _scores(code: Code) -> dict[str, float]:
+    return {"score": code.score, "confidence": code.confidence}
 
 
 def _read(path: Path, suffixes: Sequence[str]) -> bytes:

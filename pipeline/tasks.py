@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pipeline.batch import Batch
-from pipeline.decode import greedy
+from pipeline.decode import Decoding
+from pipeline.grammar import TokenGrammar
 from pipeline.metrics import CODE_COLUMNS, code_metrics, code_sums, psnr
 from pipeline.models import Autoencoder, AutoencoderConfig, ModelConfig, Seq2Seq
 from shards.format import BOS, EOS, PAD
@@ -43,11 +44,13 @@ class Task(Protocol):
         """Metrics of the summed columns."""
 
 
-def build_task(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Task:
-    """The task of a model's configuration."""
+def build_task(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, decoding: Decoding | None = None
+) -> Task:
+    """The task of a model's configuration; codes are decoded greedily unless `decoding` says."""
     if isinstance(config, AutoencoderConfig):
         return AutoencoderTask(config, dtype)
-    return Seq2SeqTask(config.max_tokens, dtype)
+    return Seq2SeqTask(config.max_tokens, dtype, decoding or Decoding())
 
 
 def prepare_images(batch: Batch, dtype: torch.dtype, shift_px: int = 0) -> Tensor:
@@ -84,9 +87,17 @@ class Seq2SeqTask:
     metric = "exact_match"
     columns: tuple[str, ...] = ("samples", "tokens", "loss_sum", "correct_tokens", *CODE_COLUMNS)
 
-    def __init__(self, max_tokens: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        max_tokens: int,
+        dtype: torch.dtype = torch.float32,
+        decoding: Decoding = Decoding(),  # noqa: B008  frozen
+    ) -> None:
         self.max_tokens = max_tokens
         self.dtype = dtype
+        self.decoding = decoding
+        if decoding.grammar is not None:
+            self.columns = (*self.columns, *_grammar_sums([], [], decoding.grammar))
 
     def weight(self, batch: Batch) -> int:
         return int((batch.token_BT[:, 1:] != PAD).sum())
@@ -100,21 +111,26 @@ class Seq2SeqTask:
         image_BCHW = prepare_images(batch, self.dtype)
         target_BT = batch.token_BT[:, 1:]
         logits_BTV = model(image_BCHW, batch.token_BT[:, :-1])
-        predicted = greedy(model, image_BCHW, self.max_tokens)
+        predicted = self.decoding.codes(model, image_BCHW, self.max_tokens)
+        reference, grammar = references(batch), self.decoding.grammar
         return [
             float(batch.weight_B.sum()),
             float((target_BT != PAD).sum()),
             float(self._cross_entropy(logits_BTV, target_BT)),
             float(((logits_BTV.argmax(-1) == target_BT) & (target_BT != PAD)).sum()),
-            *code_sums(predicted, references(batch)),
+            *code_sums(predicted, reference),
+            *(_grammar_sums(predicted, reference, grammar).values() if grammar else ()),
         ]
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
-        samples, tokens, loss_sum, correct, *code = sums
+        samples, tokens, loss_sum, correct, *rest = sums
+        code, counts = rest[: len(CODE_COLUMNS)], rest[len(CODE_COLUMNS) :]
+        names = self.columns[len(self.columns) - len(counts) :]
         return {
             "loss": loss_sum / max(tokens, 1),
             "token_accuracy": correct / max(tokens, 1),
             **code_metrics(samples, code),
+            **{name: count / samples for name, count in zip(names, counts, strict=True)},
         }
 
     @staticmethod
@@ -174,6 +190,19 @@ class AutoencoderTask:
         error_BCHW = reconstruction_BCHW - image_BCHW
         error_BCHW = error_BCHW.square() if self.loss == "mse" else error_BCHW.abs()
         return error_BCHW.flatten(1).sum(1) * batch.weight_B
+
+
+def _grammar_sums(
+    predicted: Sequence[Sequence[int]], reference: Sequence[Sequence[int]], grammar: TokenGrammar
+) -> dict[str, float]:
+    """How many codes the grammar accepts; and how many have their reference's skeleton, if it
+    says what that is."""
+    sums = {"validity": float(sum(map(grammar.accepts, predicted)))}
+    if grammar.grammar.classes:
+        pairs = zip(predicted, reference, strict=True)
+        same = sum(grammar.skeleton(one) == grammar.skeleton(other) for one, other in pairs)
+        sums["skeleton_match"] = float(same)
+    return sums
 
 
 def references(batch: Batch) -> list[list[int]]:

@@ -119,7 +119,7 @@ def setup(config: Config, stop: StopRequest) -> Run:
         build.check_reads(order, train_data)
         val_data = build.open_split(config, data, "val") if "val" in data.splits else None
         model = build.new_model(config, data)
-        task = build_task(config.model, build.dtype_of(config))
+        task = build_task(config.model, build.dtype_of(config), build.decoding_of(config, data))
         build.check_metric(config, task)
         check_launcher(config.optim.precision)
 

@@ -5,6 +5,7 @@ of per-batch sums meet. The number of samples must equal the manifest's.
 
     python -m pipeline.validate RUN --split test                    one process
     torchrun --nproc-per-node 2 -m pipeline.validate RUN --split test
+    python -m pipeline.validate RUN --split test --beam 5 --grammar web
 """
 
 import argparse
@@ -19,8 +20,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from pipeline import checkpoint
-from pipeline.build import dtype_of, load_model, new_accelerator, open_split
-from pipeline.config import config_of_run
+from pipeline.build import decoding_of, dtype_of, load_model, new_accelerator, open_split
+from pipeline.config import Config, add_decoding_flags, config_of_run, with_decoding
 from pipeline.datasets import Datasets
 from pipeline.metrics import merge
 from pipeline.ranks import Ranks, said_once
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data.url", dest="url", help="validate on another packed dataset")
     parser.add_argument("--workers", type=int, default=0, help="loader processes a rank [0]")
+    add_decoding_flags(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return storage.command("validate", lambda: _validate(parser.parse_args(argv)))
 
@@ -93,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _validate(arguments: argparse.Namespace) -> int:
     run: Path = arguments.run
     with said_once():
-        config = config_of_run(run)
+        config = with_decoding(config_of_run(run), arguments)
         chosen = checkpoint.choose(run, arguments.checkpoint)
         trained_on = Datasets.of(config.data)
         data = Datasets.open([arguments.url]) if arguments.url else trained_on
@@ -108,13 +110,14 @@ def _validate(arguments: argparse.Namespace) -> int:
                 f"{data.label}: images of CxHxW {dataset.image_CHW}, the run was trained on "
                 f"another size ({trained_on.label}); pack them alike"
             )
+        task = build_task(config.model, dtype_of(config), decoding_of(config, trained_on))
         model = load_model(config, trained_on, chosen)
     accelerator = new_accelerator(config)
     ranks = Ranks.of_run()
     model.to(accelerator.device)
     metrics = evaluate(
         model,
-        build_task(config.model, dtype_of(config)),
+        task,
         dataset,
         ranks,
         accelerator,
@@ -126,6 +129,7 @@ def _validate(arguments: argparse.Namespace) -> int:
             "split": arguments.split,
             "data_digest": data.data_digest,
             "checkpoint": checkpoint.name_of(chosen),
+            **_decoding_of(config),
             **metrics,
         }
         name = f"validate-{arguments.split}"
@@ -138,6 +142,15 @@ def _validate(arguments: argparse.Namespace) -> int:
             print("\n".join(f"{name:18} {_shown(value)}" for name, value in row.items()))
     accelerator.end_training()
     return 0
+
+
+def _decoding_of(config: Config) -> dict[str, Any]:
+    """What of `[validate]` is not the default, and so changes the metrics."""
+    wanted = config.validate
+    found: dict[str, Any] = {}
+    if wanted.beam > 1:
+        found = {"beam": wanted.beam, "length_penalty": wanted.length_penalty}
+    return found | ({"grammar": wanted.grammar, "mask": wanted.mask} if wanted.grammar else {})
 
 
 def _shown(value: object) -> str:

@@ -178,9 +178,13 @@ class TokenizerFile:
         entry = manifest.tokenizer
         return cls(storage.join(root, entry.file), entry.sha256) if entry is not None else None
 
+    def load(self) -> Tokenizer:
+        """The tokenizer. Raises `UserError` when the file is not the manifest's."""
+        return _load_file(self.url, self.sha256)
+
     def encode(self, code: str) -> list[int]:
-        """The ids with <bos> and <eos>. Raises `UserError` when the file is not the manifest's."""
-        return encode(_load_file(self.url, self.sha256), code)
+        """The ids with <bos> and <eos>. Raises like `load`."""
+        return encode(self.load(), code)
 
 
 @functools.lru_cache(maxsize=8)

@@ -214,9 +214,7 @@ class Seq2Seq(nn.Module):
         )
         hidden_BTD = self.dropout(hidden_BTD)
         query_BATK = self._split_heads(self.query(hidden_BTD))
-        seen_BATU = functional.scaled_dot_product_attention(
-            query_BATK, memory.key_BANK, memory.value_BANU, scale=1.0
-        )
+        seen_BATU = _attend(query_BATK, memory.key_BANK, memory.value_BANU)
         seen_BTD = seen_BATU.transpose(1, 2).flatten(2)
         known_BTI = torch.cat([hidden_BTD, seen_BTD, latent_BTL], dim=2)
         combined_BTO = functional.relu(self.combine(known_BTI))
@@ -225,6 +223,14 @@ class Seq2Seq(nn.Module):
     def _split_heads(self, feature_BTD: Tensor) -> Tensor:
         batch_size, length, _ = feature_BTD.shape
         return feature_BTD.view(batch_size, length, self.config.num_heads, -1).transpose(1, 2)
+
+
+def _attend(query_BATK: Tensor, key_BANK: Tensor, value_BANU: Tensor) -> Tensor:
+    if query_BATK.shape[2] > 1:
+        return functional.scaled_dot_product_attention(query_BATK, key_BANK, value_BANU, scale=1.0)
+    # On a CPU the fused form copies the keys in order to scale them: for the one query of a
+    # decoding step that takes four times as long as all the rest of it.
+    return (query_BATK @ key_BANK.transpose(2, 3)).softmax(dim=3) @ value_BANU
 
 
 def _encoder(image_channels: int, channels: tuple[int, ...]) -> nn.Sequential:

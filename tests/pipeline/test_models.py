@@ -137,7 +137,9 @@ def test_greedy_is_its_own_teacher_forced_argmax(seed: int) -> None:
     model, image_BCHW = decisive(seq2seq(seed=seed)), images(4)
     for image_1CHW, tokens in zip(image_BCHW.split(1), greedy(model, image_BCHW, 12), strict=True):
         token_BT = torch.tensor([[BOS, *tokens]])
-        best = model(image_1CHW, token_BT).argmax(dim=2)[0].tolist()
+        logits_TV = model(image_1CHW, token_BT)[0]
+        logits_TV[:, [PAD, BOS]] = -torch.inf  # never written
+        best = logits_TV.argmax(dim=1).tolist()
         assert best[: len(tokens)] == tokens
         assert len(tokens) == 12 or best[len(tokens)] == EOS
 

@@ -1,9 +1,11 @@
 """Prediction: the pixels that packing gives, the codes that validation finds, and plain errors."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from pipeline.config import config_of, read_toml
 from pipeline.datasets import Datasets
 from pipeline.decode import greedy
 from pipeline.export import write_export
+from pipeline.grammar import Grammar, TokenGrammar
 from pipeline.models import Seq2Seq
 from pipeline.order import validation_batches
 from pipeline.predict import Trained
@@ -80,6 +83,60 @@ def test_a_run_and_its_export_say_what_validation_decodes(
         ]
         status, out, _ = call(capsys, trained, files[0])
         assert (status, out) == (0, expected[0] + "\n")
+
+
+def test_flags_say_how_codes_are_decoded(
+    screens_run: Path, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted((screens.parent / "raw").glob("*.png"))[:4]
+
+    def rows(trained: Path, *words: object) -> list[dict[str, Any]]:
+        status, out, err = call(capsys, trained, *files, "--json", *words)
+        assert (status, err) == (0, "")
+        found: list[dict[str, Any]] = json.loads(out)["images"]
+        return found
+
+    greedy_rows = rows(screens_run)
+    found = rows(screens_run, *["--beam", "3", "--n-best", "2", "--grammar", "web"])
+    grammar = Grammar.open("web")
+    word_file = (screens / "tokenizer.json").read_text()
+    known = TokenGrammar(grammar, tokens.load_tokenizer(word_file, "it"), 256)
+    for row, plain in zip(found, greedy_rows, strict=True):
+        assert "n_best" not in plain
+        assert plain["confidence"] == pytest.approx(math.exp(plain["score"]))
+        assert len(row["n_best"]) == 2
+        assert row["n_best"][0] == {name: row[name] for name in ("code", "score", "confidence")}
+        assert row["score"] >= row["n_best"][1]["score"]
+        for one in row["n_best"]:
+            assert known.accepts(tokens.encode(known.tokenizer, one["code"])[1:-1])
+        if known.accepts(tokens.encode(known.tokenizer, plain["code"])[1:-1]):
+            assert row["score"] >= plain["score"] - 1e-4
+
+    # The same from the run's own configuration, and from an export, which carries the grammar.
+    run, out = tmp_path / "run", tmp_path / "export"
+    shutil.copytree(screens_run, run)
+    own = tmp_path / "own.ebnf"
+    own.write_text(grammar.text)
+    config = (run / "config.toml").read_text()
+    config = config.replace("beam = 1", "beam = 3").replace('grammar = ""', f'grammar = "{own}"')
+    (run / "config.toml").write_text(config)
+    assert rows(run, "--n-best", 2) == found
+    write_export(run, "best", out)
+    own.unlink()
+    assert rows(out, "--n-best", 2) == found
+    assert rows(out, "--beam", 1, "--no-mask") == greedy_rows
+    assert str(tmp_path) not in (out / "config.json").read_text()
+    for words, message in (
+        (["--n-best", 4], "--n-best 4: at least 1, and at most --beam, which is 3"),
+        (["--beam", 0], "validate.beam = 0: must be at least 1"),
+        (["--grammar", own], "cannot read the grammar"),
+    ):
+        status, _, err = call(capsys, out, files[0], "--json", *words)
+        assert status == 2
+        assert message in err
+    status, _, err = call(capsys, out, files[0], "--n-best", 2)
+    assert status == 2
+    assert "give --json" in err
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
@@ -276,7 +333,8 @@ def test_half_precision_and_double_predict_too(screens_run: Path, screens: Path)
         one = Trained(
             trained.model.to(dtype), config, trained.image, trained.tokenizer, trained.step
         )
-        codes[precision] = one.codes([one.pixels(data)])
+        ((code,),) = one.codes([one.pixels(data)])
+        codes[precision] = code.text
     assert codes["fp64"] == codes["fp32"]
 
 

@@ -66,12 +66,55 @@ def test_code_metrics_by_hand() -> None:
         "edits": 2.0,
         "reference_tokens": 8.0,
         "positional_errors": 3 / 4 + 1.0,
+        "predicted_tokens": 6.0,
+        "predicted_1grams": 6.0,
+        "predicted_2grams": 4.0,
+        "predicted_3grams": 2.0,
+        "predicted_4grams": 0.0,
+        "matching_1grams": 6.0,
+        "matching_2grams": 3.0,
+        "matching_3grams": 1.0,
+        "matching_4grams": 0.0,
     }
     assert code_metrics(3, sums) == {
         "exact_match": 1 / 3,
         "token_error_rate": 0.25,
         "positional_error": pytest.approx(1.75 / 3),
+        "bleu4": 0.0,
     }
+
+
+def bleu_by_the_paper(guesses: list[list[int]], truths: list[list[int]]) -> float:
+    """Papineni et al., 2002, section 2.3, the slow way."""
+    product = 1.0
+    for n in range(1, 5):
+        clipped = total = 0
+        for guess, truth in zip(guesses, truths, strict=True):
+            found = [guess[at : at + n] for at in range(len(guess) - n + 1)]
+            wanted = [truth[at : at + n] for at in range(len(truth) - n + 1)]
+            total += len(found)
+            for gram in found:
+                if gram in wanted:
+                    wanted.remove(gram)
+                    clipped += 1
+        product *= (clipped / total if total else 0.0) ** 0.25
+    c, r = sum(map(len, guesses)), sum(map(len, truths))
+    return product * (1.0 if c > r else math.exp(1 - r / c)) if c else 0.0
+
+
+codes = st.lists(st.integers(4, 6), max_size=12)
+
+
+@given(st.lists(st.tuples(codes, codes), min_size=1, max_size=5), st.randoms())
+def test_bleu_is_that_of_the_paper_in_any_order(
+    pairs: list[tuple[list[int], list[int]]], order: Random
+) -> None:
+    guesses, truths = [guess for guess, _ in pairs], [truth for _, truth in pairs]
+    bleu = code_metrics(len(pairs), code_sums(guesses, truths))["bleu4"]
+    assert bleu == pytest.approx(bleu_by_the_paper(guesses, truths))
+    rows = [code_sums([guess], [truth]) for guess, truth in pairs]
+    order.shuffle(rows)
+    assert code_metrics(len(pairs), merge(rows))["bleu4"] == bleu
 
 
 def test_better_knows_its_direction() -> None:
