@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import Levenshtein
 
-HIGHER_IS_BETTER = frozenset({"exact_match", "token_accuracy", "psnr_of_mean_mse", "mean_psnr"})
+HIGHER_IS_BETTER = frozenset(
+    {"exact_match", "token_accuracy", "psnr_of_mean_mse", "mean_psnr", "ssim"}
+)
 
 
 def merge(rows: Sequence[Sequence[float]]) -> list[float]:
