@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from pipeline.batch import Batch
 from pipeline.build import dtype_of, open_split
 from pipeline.export import open_run
 from pipeline.models import Autoencoder
+from pipeline.models.autoencoder import Output
 from pipeline.order import SampleIds
 from pipeline.rng import torch_seed
 from pipeline.stream import BatchDataset, BatchPlan, ValidationPlans, make_loader
@@ -115,16 +116,10 @@ class Encoder:
             raise UserError(f"{batch.bad[0]}; run `pixloom verify` on the dataset")
         image_BCHW = prepare_images(batch.to(self.device), self.task.dtype)
         output = self.model(image_BCHW, for_loss=True)
-        error_BCHW = (output.reconstruction_BCHW - image_BCHW).double()
+        places = zip(plan.ids.shard_G, plan.ids.index_G, strict=True)
+        sources = tuple(self._source(*place) for place in places)
         return Encoded(
-            keys=batch.keys,
-            sources=tuple(
-                self._source(*at) for at in zip(plan.ids.shard_G, plan.ids.index_G, strict=True)
-            ),
-            image_BCHW=batch.image_BCHW,
-            latent_BD=output.mean_BD.flatten(1).float().cpu(),
-            mse_B=error_BCHW.square().flatten(1).mean(1).cpu(),
-            score_B=self.task.scores(output, image_BCHW).double().cpu(),
+            batch.image_BCHW, Rows.of(batch.keys, sources, output, image_BCHW, self.task)
         )
 
     @torch.inference_mode()
@@ -139,27 +134,63 @@ class Encoder:
             source = json.loads(bytes(members["json"]))["source"]
         except (KeyError, TypeError, ValueError):  # of a dataset that another tool wrote
             return ""
-        return source if isinstance(source, str) else ""
+        # A name that is not UTF-8 has its bytes in it, which no column of text takes.
+        return (
+            source.encode("utf-8", "backslashreplace").decode() if isinstance(source, str) else ""
+        )
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A batch of a split, with what the model makes of it; all on the CPU."""
+class Rows:
+    """What is told of some images; all on the CPU."""
 
     keys: tuple[str, ...]
     sources: tuple[str, ...]
-    image_BCHW: Tensor
-    """uint8"""
     latent_BD: Tensor
     """float32"""
     mse_B: Tensor
     score_B: Tensor
 
+    @classmethod
+    def of(
+        cls,
+        keys: Sequence[str],
+        sources: Sequence[str],
+        output: Output,
+        image_BCHW: Tensor,
+        task: AutoencoderTask,
+    ) -> "Rows":
+        """Those of images in [0,1], from what the model made of them in eval mode."""
+        error_BCHW = (output.reconstruction_BCHW.to(image_BCHW.dtype) - image_BCHW).double()
+        return cls(
+            tuple(keys),
+            tuple(sources),
+            output.mean_BD.flatten(1).float().cpu(),
+            error_BCHW.square().flatten(1).mean(1).cpu(),
+            task.scores(output, image_BCHW).double().cpu(),
+        )
+
+    def each(self) -> Iterator["Rows"]:
+        """One by one."""
+        for row in range(len(self.keys)):
+            one = slice(row, row + 1)
+            yield Rows(
+                self.keys[one], self.sources[one],
+                self.latent_BD[one], self.mse_B[one], self.score_B[one],
+            )  # fmt: skip
+
+
+class Encoded(NamedTuple):
+    """A batch of a split: uint8 images on the CPU, and what the model makes of them."""
+
+    image_BCHW: Tensor
+    rows: Rows
+
 
 class LatentFile(Protocol):
     """Rows to a file that grows batch by batch."""
 
-    def add(self, rows: Encoded) -> None: ...
+    def add(self, rows: Rows) -> None: ...
 
 
 @contextlib.contextmanager
@@ -208,7 +239,7 @@ class _Parquet:
         self._writer = pa.parquet.ParquetWriter(path, self._schema)
         self._waiting: list[Any] = []
 
-    def add(self, rows: Encoded) -> None:
+    def add(self, rows: Rows) -> None:
         pa = self._pa
         latent = pa.array(rows.latent_BD.numpy().reshape(-1))
         columns = [
@@ -248,7 +279,7 @@ class _Npz:
         self._sources: list[str] = []
         self._numbers: list[NDArray[np.float64]] = []
 
-    def add(self, rows: Encoded) -> None:
+    def add(self, rows: Rows) -> None:
         self._raw.write(rows.latent_BD.numpy().tobytes())
         self._keys += rows.keys
         self._sources += rows.sources
@@ -413,7 +444,7 @@ def _stream(encoder: Encoder, arguments: argparse.Namespace) -> None:
     queries = spread(_QUERIES, total)
     asked = encoder.at(queries) if arguments.neighbours else None
     nearest = (
-        Neighbours(asked.latent_BD, queries, min(_NEAREST, total - 1), arguments.distance)
+        Neighbours(asked.rows.latent_BD, queries, min(_NEAREST, total - 1), arguments.distance)
         if asked is not None
         else None
     )
@@ -423,8 +454,8 @@ def _stream(encoder: Encoder, arguments: argparse.Namespace) -> None:
             file = stack.enter_context(latent_file(arguments.out, encoder.model.latent_shape))
         encoded = contextlib.closing(encoder.passes(arguments.workers))
         done = 0
-        for rows in engines.progress(
-            stack.enter_context(encoded), total, "encoded", lambda rows: len(rows.keys)
+        for _, rows in engines.progress(
+            stack.enter_context(encoded), total, "encoded", lambda one: len(one.rows.keys)
         ):
             if file is not None:
                 file.add(rows)
@@ -445,10 +476,10 @@ def _stream(encoder: Encoder, arguments: argparse.Namespace) -> None:
 
 def _interpolation(encoder: Encoder) -> Image.Image:
     ends = encoder.at(spread(2 * _PAIRS, encoder.num_samples))
-    half = len(ends.keys) // 2
+    half = len(ends.image_BCHW) // 2
     if not half:
         raise UserError("--interpolate: the split has one sample, two make a pair")
-    first, last = ends.latent_BD[:half], ends.latent_BD[half : 2 * half]
+    first, last = ends.rows.latent_BD[:half], ends.rows.latent_BD[half : 2 * half]
     between = interpolated(first, last, _PLACES_BETWEEN)
     decoded = encoder.decode(between.flatten(0, 1)).unflatten(0, between.shape[:2])
     return sheet(
