@@ -102,10 +102,11 @@ class Encoder:
 
     def at(self, positions: Sequence[int]) -> "Encoded":
         """The samples at these positions of the split, as one batch."""
-        ends = np.cumsum(self.dataset.reader.shard_samples)
+        samples = np.asarray(self.dataset.reader.shard_samples, dtype=np.int64)
+        starts = np.cumsum(samples) - samples
         position = np.asarray(positions, dtype=np.int64)
-        shard = np.searchsorted(ends, position, side="right")
-        index = position - (ends - self.dataset.reader.shard_samples)[shard]
+        shard = np.searchsorted(starts, position, side="right") - 1
+        index = position - starts[shard]
         plan = BatchPlan(0, 0, 0, SampleIds(shard, index, np.zeros_like(shard)))
         return self.encode(plan, self.dataset[plan])
 
@@ -125,7 +126,8 @@ class Encoder:
     @torch.inference_mode()
     def decode(self, latent_BD: Tensor) -> Tensor:
         """uint8 images of latents as rows."""
-        latent_BD = latent_BD.unflatten(1, self.model.latent_shape).to(self.device, self.task.dtype)
+        latent_BD = latent_BD.reshape(len(latent_BD), *self.model.latent_shape)
+        latent_BD = latent_BD.to(self.device, self.task.dtype)
         return (self.model.decode(latent_BD) * 255).round().to(torch.uint8).cpu()
 
     def _source(self, shard: int, index: int) -> str:
@@ -429,7 +431,7 @@ def _latents(arguments: argparse.Namespace) -> int:
         "split": arguments.split,
         "samples": encoder.num_samples,
         "latent_shape": list(encoder.model.latent_shape),
-        **{name: str(path) for name, path in files.items()},
+        "files": [str(path) for path in files.values()],
     }
     if arguments.json:
         print(json.dumps(row))
@@ -469,7 +471,7 @@ def _stream(encoder: Encoder, arguments: argparse.Namespace) -> None:
         for image_CHW, positions in zip(
             asked.image_BCHW, nearest.position_QK.tolist(), strict=True
         ):
-            found = encoder.at(positions).image_BCHW if positions else []
+            found = list(encoder.at(positions).image_BCHW) if positions else []
             lines.append([image_CHW, *found])
         _publish(sheet(lines), arguments.neighbours)
 
@@ -481,9 +483,16 @@ def _interpolation(encoder: Encoder) -> Image.Image:
         raise UserError("--interpolate: the split has one sample, two make a pair")
     first, last = ends.rows.latent_BD[:half], ends.rows.latent_BD[half : 2 * half]
     between = interpolated(first, last, _PLACES_BETWEEN)
-    decoded = encoder.decode(between.flatten(0, 1)).unflatten(0, between.shape[:2])
+    decoded = encoder.decode(between.flatten(0, 1))
     return sheet(
-        [[ends.image_BCHW[row], *decoded[row], ends.image_BCHW[half + row]] for row in range(half)]
+        [
+            [
+                ends.image_BCHW[row],
+                *decoded[row * _PLACES_BETWEEN : (row + 1) * _PLACES_BETWEEN],
+                ends.image_BCHW[half + row],
+            ]
+            for row in range(half)
+        ]
     )
 
 
@@ -492,7 +501,7 @@ def _samples(encoder: Encoder, seed: int) -> Image.Image:
     count = _SAMPLE_ROWS * _SAMPLE_COLUMNS
     size = int(np.prod(encoder.model.latent_shape))
     drawn = encoder.decode(torch.randn(count, size, generator=generator))
-    return sheet([list(row) for row in drawn.split(_SAMPLE_COLUMNS)])
+    return sheet([list(row) for row in drawn.chunk(_SAMPLE_ROWS)])
 
 
 def _publish(picture: Image.Image, path: Path) -> None:

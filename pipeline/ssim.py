@@ -36,13 +36,15 @@ def ssim(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
             window_K = _window(size, planes_N1HW)
             shape = [1, 1, -1, 1] if axis == 2 else [1, 1, 1, -1]
             planes_N1HW = functional.conv2d(planes_N1HW, window_K.view(shape))
-        mean1, mean2, square1, square2, product = planes_N1HW.unflatten(0, planes.shape[:3])
+        filtered = planes_N1HW.view(*planes.shape[:3], *planes_N1HW.shape[2:])
+        mean1, mean2, square1, square2, product = filtered
         variances = square1 - mean1 * mean1 + square2 - mean2 * mean2
         covariance = product - mean1 * mean2
         mean1, mean2 = mean1 + 0.5, mean2 + 0.5
         brightness = (2 * mean1 * mean2 + _C1) / (mean1 * mean1 + mean2 * mean2 + _C1)
         structure = (2 * covariance + _C2) / (variances + _C2)
-        return (brightness * structure).flatten(1).mean(1)
+        ssim_B: Tensor = (brightness * structure).flatten(1).mean(1)
+        return ssim_B
 
 
 def _window(size: int, like: Tensor) -> Tensor:

@@ -153,6 +153,7 @@ def trained(
         call(
             "-m", "pipeline.train", "--config", CONFIG, "--data.url", work / "shards",
             "--run.dir", run, "--run.seed", arguments.seed, "--model.latent_dim", size,
+            "--batch.micro_size", 64,  # one process has no need of smaller ones
             *length, *words,
         )  # fmt: skip
         call("-m", "pipeline.validate", run, "--split", "test")

@@ -55,7 +55,7 @@ def test_rows_are_the_split_in_order_and_their_means_its_metrics(
         assert (pictures.parent / "raw" / name).is_file()
     picked = [total - 1, 3]
     found = encoder.at(picked).rows.latent_BD.numpy()
-    np.testing.assert_allclose(found, arrays["latent"][picked], atol=1e-5)
+    np.testing.assert_allclose(found, arrays["latent"][picked], rtol=1e-5)
 
     assert call(capsys, *words, tmp_path / "a.parquet", "--workers", 2)[0] == 0
     table = pyarrow.parquet.read_table(tmp_path / "a.parquet")
