@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import latents, validate
+from pipeline import latents, predict, validate
 from pipeline.latents import Encoder, Neighbours
 from shards.storage import load_manifest
 
@@ -157,3 +157,25 @@ def test_mistakes_are_one_line(
         assert message in err
         assert len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_predict_gives_the_same_rows_for_files(
+    pictures_run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [pictures_run, "--split", "test", "--out", tmp_path / "split.npz"]
+    assert call(capsys, *words)[0] == 0
+    with np.load(tmp_path / "split.npz") as saved:
+        expected = {name: saved[name] for name in saved}
+    files = [str(pictures.parent / "raw" / name) for name in expected["source"].tolist()]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"none")
+    flags = ["--latents", str(tmp_path / "files.npz"), "--json"]
+    capsys.readouterr()
+    assert predict.main([str(pictures_run), str(broken), *files, *flags]) == 1
+    rows = json.loads(capsys.readouterr().out)["images"][1:]
+    assert [row["score"] for row in rows] == pytest.approx(expected["score"].tolist(), rel=1e-5)
+    with np.load(tmp_path / "files.npz") as saved:
+        assert saved["key"].tolist() == files
+        np.testing.assert_allclose(saved["latent"], expected["latent"], rtol=1e-5)
+    assert predict.main([str(pictures_run), *files, *flags]) == 2
+    assert "give --overwrite" in capsys.readouterr().err
