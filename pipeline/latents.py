@@ -1,7 +1,6 @@
 """What an autoencoder made of a split: latents as a file, and what the latent space looks like.
 
-One pass over the split, batch by batch, in manifest order: it takes no more memory for a million
-images than for a thousand.
+One pass over the split, batch by batch, in manifest order; no latent and no image stays in memory.
 
     python -m pipeline.latents RUN --split test --out latents.parquet
     python -m pipeline.latents RUN --out latents.npz --neighbours nearest.png --distance cosine
@@ -112,7 +111,7 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, plan: BatchPlan, batch: Batch) -> "Encoded":
-        """What the model makes of a batch, in its own precision. Raises `UserError`."""
+        """What the model makes of a batch, without autocast. Raises `UserError`."""
         if batch.bad:
             raise UserError(f"{batch.bad[0]}; run `pixloom verify` on the dataset")
         image_BCHW = prepare_images(batch.to(self.device), self.task.dtype)
