@@ -17,6 +17,7 @@ VERBS = {
     "train": ("pipeline.train", "train, or resume, a run (one process; see below for more)"),
     "validate": ("pipeline.validate", "all metrics of a checkpoint on a split"),
     "predict": ("pipeline.predict", "code or reconstructions of images, by a run or an export"),
+    "latents": ("pipeline.latents", "latents of a split, and pictures of the latent space"),
     "order": ("pipeline.order", "the sample keys of one step"),
     "report": ("pipeline.report", "draw a run: curves, and samples beside predictions"),
     "checkpoint": ("pipeline.checkpoint", "list, verify or export the checkpoints of a run"),

@@ -13,7 +13,7 @@ from rapidfuzz.distance import Levenshtein
 
 HIGHER_IS_BETTER = frozenset(
     {"exact_match", "token_accuracy", "bleu4", "validity", "skeleton_match"}
-    | {"psnr_of_mean_mse", "mean_psnr"}
+    | {"psnr_of_mean_mse", "mean_psnr", "ssim"}
 )
 
 

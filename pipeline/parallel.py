@@ -111,10 +111,12 @@ class Sharded:
         self._root = root
         self.model = model
         self.accelerator = accelerator
-        # Of an LSTM: cuDNN wants its weights in one piece, and they are gathered one by one; and
-        # its output is a view, which is harmless as long as nothing is done to it in place.
+        # Of an LSTM: cuDNN wants its weights in one piece, and they are gathered one by one. Its
+        # output is a view, as what an autoencoder gives for its loss is (a crop, a half), which is
+        # harmless as long as nothing is done to them in place.
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous")
-        warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDPLSTM\) returned a view")
+        view = r"FSDP2-wrapped module \((FSDPLSTM|FSDPAutoencoder)\) returned a view"
+        warnings.filterwarnings("ignore", view)
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """As `Replicated.prepare`."""

@@ -6,19 +6,25 @@ the same pixels here as in its shard. One that is refused is named, and the rest
     python -m pipeline.predict RUN shot.png                 its code, on stdout
     python -m pipeline.predict EXPORT folder more.png       a line an image: FILE, tab, code
     python -m pipeline.predict RUN folder --out codes --code-suffix .gui
-    python -m pipeline.predict RUN folder --out rebuilt     autoencoder: PNGs, and errors on stdout
+    python -m pipeline.predict RUN folder --out rebuilt     autoencoder: PNGs; on stdout a line an
+                                                            image: FILE, tab, mse, tab, score
                                                             (.npy of other than 1, 3, 4 channels)
+    python -m pipeline.predict RUN folder --latents a.npz   its latents, see pipeline.latents
+
+The score is the loss of the image alone (of a VAE, its negative ELBO) by values. An image that
+scores far above those of a split, as `pixloom latents` lists them, is unlike what was trained on.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import re
 import sys
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +41,9 @@ from pipeline.decode import Decoding
 from pipeline.export import CONFIG_NAME, open_run, read_export
 from pipeline.fit import Fit, decode_fitted
 from pipeline.grammar import Grammar
+from pipeline.latents import LatentFile, Rows, latent_file
 from pipeline.models import Autoencoder, Seq2Seq
-from pipeline.tasks import as_floats
+from pipeline.tasks import AutoencoderTask, as_floats
 from shards import arrays, engines, images, storage, tokens
 from shards.format import COLOUR_CHANNELS, TOKENIZER_NAME, ImagePolicy
 from shards.images import ImageRefused
@@ -146,16 +153,18 @@ class Trained:
 
     @torch.inference_mode()
     def reconstructions(
-        self, pixels: Sequence[NDArray[np.uint8]]
-    ) -> list[tuple[NDArray[np.uint8], float]]:
-        """Each image as the model gives it back, and the mean squared error in [0,1], unrounded."""
+        self, names: Sequence[str], pixels: Sequence[NDArray[np.uint8]]
+    ) -> tuple[NDArray[np.uint8], Rows]:
+        """The images as the model gives them back (B, H, W, C), and their latents, mean squared
+        errors in [0,1], unrounded, and scores."""
         assert isinstance(self.model, Autoencoder)
         image_BCHW = self._floats(pixels)
         with self._autocast():
-            found_BCHW: Tensor = self.model(image_BCHW).to(image_BCHW.dtype)
-        mse_B = (found_BCHW - image_BCHW).double().square().flatten(1).mean(1)
+            output = self.model(image_BCHW, for_loss=True)
+        found_BCHW = output.reconstruction_BCHW.to(image_BCHW.dtype)
         found_BHWC = (found_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return list(zip(found_BHWC, mse_B.tolist(), strict=True))
+        task = AutoencoderTask(self.model.config, image_BCHW.dtype)
+        return found_BHWC, Rows.of(names, names, output, image_BCHW, task)
 
     def _floats(self, pixels: Sequence[NDArray[np.uint8]]) -> Tensor:
         image_BCHW = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(_device())
@@ -189,6 +198,10 @@ class Prediction:
     codes: Sequence[Code] = ()
     pixels: NDArray[np.uint8] | None = None
     mse: float | None = None
+    score: float | None = None
+    """of an autoencoder: the image's own loss"""
+    latent: Rows | None = None
+    """its row of --latents"""
 
 
 def find_images(paths: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Source]:
@@ -225,9 +238,11 @@ def predict(
                 for (one, _), codes in zip(waiting, trained.codes(batch), strict=True):
                     yield Prediction(one, code=codes[0].text, codes=codes)
             else:
-                rebuilt = trained.reconstructions(batch)
-                for (one, _), (pixels, mse) in zip(waiting, rebuilt, strict=True):
-                    yield Prediction(one, pixels=pixels, mse=mse)
+                names = [_shown(one.path) for one, _ in waiting]
+                rebuilt, rows = trained.reconstructions(names, batch)
+                for (one, _), pixels, row in zip(waiting, rebuilt, rows.each(), strict=True):
+                    mse, score = float(row.mse_B), float(row.score_B)
+                    yield Prediction(one, pixels=pixels, mse=mse, score=score, latent=row)
             waiting = []
 
 
@@ -241,6 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("run", metavar="RUN_OR_EXPORT", type=Path, help="folder of a run or of an export")
     add("images", metavar="IMAGE", type=Path, nargs="+", help="image files, and folders of them")
     add("--out", metavar="FOLDER", type=Path, help="write a file an image (autoencoder: needed)")
+    add("--latents", metavar="FILE", type=Path, help="autoencoder: write latents, *.parquet, *.npz")
     add("--code-suffix", default=".txt", help="of the files of code under --out [.txt]")
     add("--overwrite", action="store_true", help="replace files that are already under --out")
     add("--checkpoint", help="of a run: best, last, or a step's number [best]")
@@ -271,18 +287,25 @@ def _predict(arguments: argparse.Namespace) -> int:
         picture = ".png" if trained.image.channels in COLOUR_CHANNELS else ".npy"
         suffix = arguments.code_suffix if writes_code else picture
         outputs = _outputs(sources, arguments.out, suffix, arguments.overwrite)
-    elif not writes_code:
-        raise UserError("--out FOLDER is needed: an autoencoder's answers are images")
+    elif not writes_code and arguments.latents is None:
+        raise UserError("--out FOLDER is needed: an autoencoder's answers are images; or --latents")
 
     done: list[Prediction] = []
-    with contextlib.closing(predict(trained, sources, arguments.batch_size)) as found:
+    with contextlib.ExitStack() as stack:
+        latents = _latents(trained, arguments, stack)
+        found = predict(trained, sources, arguments.batch_size)
+        stack.enter_context(contextlib.closing(found))
         for prediction in engines.progress(found, len(sources), "predicted", lambda _: 1):
             if prediction.refused is not None:
                 name = _shown(prediction.source.path)
                 print(f"pixloom predict: {name}: {prediction.refused}", file=sys.stderr)
-            elif outputs:
-                prediction = _write(prediction, outputs[prediction.source])
-            done.append(prediction)
+            else:
+                if latents is not None and prediction.latent is not None:
+                    latents.add(prediction.latent)
+                if outputs:
+                    _write(prediction, outputs[prediction.source])
+            # Its pixels and its latent are let go of.
+            done.append(dataclasses.replace(prediction, pixels=None, latent=None))
     # Only now: while a progress bar is shown, it would draw what goes to stdout.
     places = {source: place for place, source in enumerate(sources)}
     done.sort(key=lambda prediction: places[prediction.source])
@@ -292,7 +315,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         alone = len(arguments.images) == 1 and not arguments.images[0].is_dir()
         for prediction in done:
             if prediction.mse is not None:
-                print(f"{_shown(prediction.source.path)}\t{prediction.mse:.6g}")
+                numbers = f"{prediction.mse:.6g}\t{prediction.score:.6g}"
+                print(f"{_shown(prediction.source.path)}\t{numbers}")
             elif prediction.code is not None and not outputs:
                 line = " ".join(prediction.code.split())
                 shown = f"{_shown(prediction.source.path)}\t{line}"
@@ -301,6 +325,20 @@ def _predict(arguments: argparse.Namespace) -> int:
     if outputs:
         print(f"{num_done} of {len(done)} images: {arguments.out}", file=sys.stderr)
     return 0 if num_done == len(done) else 1
+
+
+def _latents(
+    trained: Trained, arguments: argparse.Namespace, stack: contextlib.ExitStack
+) -> LatentFile | None:
+    """The file that --latents names, complete when `stack` ends. Raises `UserError`."""
+    path: Path | None = arguments.latents
+    if path is None:
+        return None
+    if not isinstance(trained.model, Autoencoder):
+        raise UserError(f"--latents: {arguments.run} writes code; latents are autoencoders'")
+    if path.exists() and not arguments.overwrite:
+        raise UserError(f"{_shown(path)}: is already there; give --overwrite to replace it")
+    return stack.enter_context(latent_file(path, trained.model.latent_shape))
 
 
 def _outputs(
@@ -328,8 +366,7 @@ def _outputs(
     return outputs
 
 
-def _write(prediction: Prediction, path: Path) -> Prediction:
-    """Writes the output, and lets go of its pixels."""
+def _write(prediction: Prediction, path: Path) -> None:
     with storage.explained(_shown(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         if prediction.code is not None:
@@ -341,7 +378,6 @@ def _write(prediction: Prediction, path: Path) -> Prediction:
             else:
                 picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
                 picture.save(path, "PNG")
-    return replace(prediction, pixels=None)
 
 
 def _ended(code: str) -> str:
@@ -355,7 +391,7 @@ def _json(
     rows: list[dict[str, Any]] = []
     for prediction in done:
         row: dict[str, Any] = {"image": str(prediction.source.path)}
-        for name in ("refused", "code", "mse"):
+        for name in ("refused", "code", "mse", "score"):
             if getattr(prediction, name) is not None:
                 row[name] = getattr(prediction, name)
         if prediction.codes:

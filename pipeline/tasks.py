@@ -20,6 +20,8 @@ from pipeline.decode import Decoding
 from pipeline.grammar import TokenGrammar
 from pipeline.metrics import CODE_COLUMNS, code_metrics, code_sums, psnr
 from pipeline.models import Autoencoder, AutoencoderConfig, ModelConfig, Seq2Seq
+from pipeline.models.autoencoder import Output
+from pipeline.ssim import ssim
 from shards.format import BOS, EOS, PAD
 
 
@@ -34,8 +36,13 @@ class Task(Protocol):
     def weight(self, batch: Batch) -> int:
         """What the loss sum of a batch on the CPU is divided by: valid tokens, or values."""
 
-    def loss_sum(self, model: nn.Module, batch: Batch, *, shift_px: int = 0) -> Tensor:
-        """Scalar sum of the loss over the batch's valid samples, on the batch's device."""
+    def loss_sum(
+        self, model: nn.Module, batch: Batch, *, progress: float = 1.0, shift_px: int = 0
+    ) -> Tensor:
+        """Scalar sum of the loss over the batch's valid samples, on the batch's device.
+
+        `progress` is the share of the run's steps that is done, in [0, 1].
+        """
 
     def metric_sums(self, model: nn.Module, batch: Batch) -> list[float]:
         """`columns` summed over the batch. `model` is the bare one, in eval mode."""
@@ -102,7 +109,9 @@ class Seq2SeqTask:
     def weight(self, batch: Batch) -> int:
         return int((batch.token_BT[:, 1:] != PAD).sum())
 
-    def loss_sum(self, model: nn.Module, batch: Batch, *, shift_px: int = 0) -> Tensor:
+    def loss_sum(
+        self, model: nn.Module, batch: Batch, *, progress: float = 1.0, shift_px: int = 0
+    ) -> Tensor:
         logits_BTV = model(prepare_images(batch, self.dtype, shift_px), batch.token_BT[:, :-1])
         return self._cross_entropy(logits_BTV, batch.token_BT[:, 1:])
 
@@ -145,51 +154,119 @@ class Seq2SeqTask:
 
 
 class AutoencoderTask:
-    """Image to itself: squared or absolute error over all values in [0, 1]."""
+    """Image to itself: the error of the reconstruction, and of a VAE the KL divergence beside it.
+
+    Both are summed: the error over an image's channels and pixels, the KL over the latent's
+    numbers, in nats. A batch's loss is the sum of `error + beta * KL` over its valid samples, and
+    its weight their number of values, so a logged loss is a mean over values. With the
+    cross-entropy and a beta of 1, that is the negative ELBO divided by channels x height x width;
+    with the squared error, that of a Gaussian of variance beta / 2 about each value, up to a factor
+    and a constant. `1 - SSIM` is an image's mean, and counts times its values.
+
+    Outside of training the latent's mean is decoded, so the ELBO of the metrics lacks the noise of
+    a draw.
+    """
 
     metric = "mse"
-    columns: tuple[str, ...] = ("samples", "values", "loss_sum", "squared_error", "psnr_sum")
+    columns: tuple[str, ...] = (
+        "samples", "values", "error_sum", "kl_sum", "squared_error", "psnr_sum", "ssim_sum",
+    )  # fmt: skip
 
     def __init__(self, config: AutoencoderConfig, dtype: torch.dtype = torch.float32) -> None:
-        self.loss = config.loss
+        self.config = config
         self.dtype = dtype
 
     def weight(self, batch: Batch) -> int:
         return int(batch.weight_B.sum()) * batch.image_BCHW[0].numel()
 
-    def loss_sum(self, model: nn.Module, batch: Batch, *, shift_px: int = 0) -> Tensor:
+    def loss_sum(
+        self, model: nn.Module, batch: Batch, *, progress: float = 1.0, shift_px: int = 0
+    ) -> Tensor:
         image_BCHW = prepare_images(batch, self.dtype, shift_px)
-        return self._error_sums(model(image_BCHW), image_BCHW, batch).sum()
+        output: Output = model(image_BCHW, for_loss=True)
+        loss_B = self._errors(output, image_BCHW)
+        if output.log_variance_BD is not None:
+            loss_B = loss_B + self.beta(progress) * kl_divergence(output)
+        return (loss_B * batch.weight_B).sum()
+
+    def beta(self, progress: float) -> float:
+        """What the KL weighs when this share of the run's steps is done."""
+        warmup = self.config.kl_warmup
+        return self.config.kl_weight * (min(1.0, progress / warmup) if warmup else 1.0)
 
     def metric_sums(self, model: nn.Module, batch: Batch) -> list[float]:
         assert isinstance(model, Autoencoder)
         image_BCHW = prepare_images(batch, self.dtype)
-        reconstruction_BCHW = model(image_BCHW).to(self.dtype)
-        error_BCHW = (reconstruction_BCHW - image_BCHW).double()
-        squared_B = error_BCHW.square().flatten(1).sum(1)
+        output = model(image_BCHW, for_loss=True)
+        found_BCHW = output.reconstruction_BCHW.to(self.dtype)
+        squared_B = (found_BCHW - image_BCHW).double().square().flatten(1).sum(1)
         values = image_BCHW[0].numel()
-        return [
-            float(batch.weight_B.sum()),
-            float(self.weight(batch)),
-            float(self._error_sums(reconstruction_BCHW, image_BCHW, batch).sum()),
-            math.fsum((squared_B * batch.weight_B).tolist()),
-            math.fsum(psnr(squared / values) for squared in squared_B.tolist()),
-        ]
+        rows = zip(
+            batch.weight_B.tolist(),
+            self._errors(output, image_BCHW).tolist(),
+            kl_divergence(output).tolist(),
+            squared_B.tolist(),
+            [psnr(squared / values) for squared in squared_B.tolist()],
+            ssim(found_BCHW.double(), image_BCHW.double()).tolist(),
+            strict=True,
+        )
+        valid = [row for row in rows if row[0]]
+        sums = [math.fsum(row[column] for row in valid) for column in range(1, 6)]
+        return [float(len(valid)), float(self.weight(batch)), *sums]
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
-        samples, values, loss_sum, squared, psnr_sum = sums
+        samples, values, error, kl, squared, psnr_sum, ssim_sum = sums
         mse = squared / values
-        return {
-            "loss": loss_sum / values,
+        loss = error + self.config.kl_weight * kl
+        found = {
+            "loss": loss / values,
             "mse": mse,
             "psnr_of_mean_mse": psnr(mse),
             "mean_psnr": psnr_sum / samples,
+            "ssim": ssim_sum / samples,
         }
+        if self.config.variational:
+            # Of an image, as its ELBO has them: nats, where the error is a cross-entropy.
+            found["reconstruction_error"] = error / samples
+            found["kl"] = kl / samples
+            found["negative_elbo"] = loss / samples
+        return found
 
-    def _error_sums(self, reconstruction_BCHW: Tensor, image_BCHW: Tensor, batch: Batch) -> Tensor:
-        error_BCHW = reconstruction_BCHW - image_BCHW
-        error_BCHW = error_BCHW.square() if self.loss == "mse" else error_BCHW.abs()
-        return error_BCHW.flatten(1).sum(1) * batch.weight_B
+    def scores(self, output: Output, image_BCHW: Tensor) -> Tensor:
+        """Each sample's own loss a value, at the full beta: how unlike the training images it is.
+
+        Over a split, its mean is the metric `loss`.
+        """
+        loss_B = self._errors(output, image_BCHW)
+        loss_B = loss_B + self.config.kl_weight * kl_divergence(output)
+        return loss_B / image_BCHW[0].numel()
+
+    def _errors(self, output: Output, image_BCHW: Tensor) -> Tensor:
+        """`error_B`: of each sample, summed over its values."""
+        # In the images' precision: under autocast the output may have fewer digits.
+        found_BCHW = output.reconstruction_BCHW.to(image_BCHW.dtype)
+        match self.config.loss:
+            case "mse":
+                error_BCHW = (found_BCHW - image_BCHW).square()
+            case "l1":
+                error_BCHW = (found_BCHW - image_BCHW).abs()
+            case "bce":
+                # Of logits: of probabilities that round to 0 or 1 nothing could be learnt.
+                error_BCHW = functional.binary_cross_entropy_with_logits(
+                    output.raw_BCHW.to(image_BCHW.dtype), image_BCHW, reduction="none"
+                )
+            case "ssim":
+                return (1 - ssim(found_BCHW, image_BCHW)) * image_BCHW[0].numel()
+        return error_BCHW.flatten(1).sum(1)
+
+
+def kl_divergence(output: Output) -> Tensor:
+    """`kl_B`: KL(N(mean, variance) || N(0, 1)) summed over the latent, in nats; 0 without one."""
+    mean_BD, log_variance_BD = output.mean_BD, output.log_variance_BD
+    if log_variance_BD is None:
+        return mean_BD.new_zeros(len(mean_BD))
+    kl_BD = (mean_BD.square() + log_variance_BD.exp() - 1 - log_variance_BD) / 2
+    return kl_BD.flatten(1).sum(1)
 
 
 def _grammar_sums(

@@ -203,8 +203,9 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float) -> bool:
         torch.manual_seed(torch_seed(config.run.seed, "dropout", state.step, batch.micro))
         with sync:
             micro_loss_sum = run.task.loss_sum(
-                run.wrapped, batch.to(accelerator.device), shift_px=config.data.shift_px
-            )
+                run.wrapped, batch.to(accelerator.device),
+                progress=state.step / run.total_steps, shift_px=config.data.shift_px,
+            )  # fmt: skip
             # Gradients are averaged over ranks: times W, the average is the sum.
             accelerator.backward(micro_loss_sum * (share * run.ranks.world_size / max(weight, 1)))
         if share:

@@ -226,7 +226,8 @@ def test_an_autoencoder_s_errors_are_those_of_validation(
     assert [row[0] for row in rows] == [str(file) for file in files]
     assert np.mean([float(row[1]) for row in rows]) == pytest.approx(expected, rel=1e-4)
     trained = Trained.open(pictures_run)
-    for file, (_, error) in zip(files, rows, strict=True):
+    for file, (_, error, score) in zip(files, rows, strict=True):
+        assert score == error  # the loss is the squared error
         with Image.open(tmp_path / "out" / f"{file.stem}.png") as image:
             assert (image.mode, image.size) == ("RGB", (48, 32))
             difference = (np.asarray(image) - trained.pixels(file.read_bytes()).astype(float)) / 255
