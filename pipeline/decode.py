@@ -3,11 +3,14 @@
 Tensor names carry their shape: B batch, C channels, H height, W width, V vocabulary, T tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.models import Seq2Seq
-from shards.format import BOS, EOS
+from shards.format import BOS, EOS, PAD
 
 
 @torch.no_grad()
@@ -42,6 +45,26 @@ def greedy(model: Seq2Seq, image_BCHW: Tensor, max_tokens: int) -> list[list[int
     if not columns:
         return [[] for _ in range(batch_size)]
     return [_until_eos(row) for row in torch.stack(columns, dim=1).tolist()]
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: Seq2Seq, image_BCHW: Tensor, codes: Sequence[Sequence[int]]
+) -> list[float]:
+    """How likely the model holds each code, `<eos>` behind it, to be its image's: at most 0.
+
+    One teacher-forced pass, in the mode the model is in. `codes` have no `<bos>` and `<eos>`.
+    """
+    if not codes:
+        return []
+    rows = [torch.tensor([BOS, *code, EOS]) for code in codes]
+    token_BT = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    token_BT = token_BT.to(image_BCHW.device)
+    logits_BTV = model(image_BCHW, token_BT[:, :-1])
+    nll_BT = functional.cross_entropy(
+        logits_BTV.float().transpose(1, 2), token_BT[:, 1:], ignore_index=PAD, reduction="none"
+    )
+    return [-nll for nll in nll_BT.double().sum(dim=1).tolist()]
 
 
 def _until_eos(tokens: list[int]) -> list[int]:

@@ -1,9 +1,10 @@
 """What a run tells people: lines on stderr, rows in RUN/metrics.jsonl. Rank 0 alone writes."""
 
 import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,31 @@ from pipeline.state import TrainState
 from shards import storage
 from shards.storage import UserError
 
+METRICS_NAME = "metrics.jsonl"
 LEDGER_NAME = "damaged.txt"
 """in a run's folder: the samples that could not be read, a line each"""
+
+
+def read_rows(run: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a run's log, oldest first; none where there is none. A line that a kill cut
+    short is passed over.
+
+    Raises `UserError` when the log cannot be read.
+    """
+    path = run / METRICS_NAME
+    if not path.exists():
+        return
+    with storage.explained(str(path)), path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if math.isfinite(_step_of(line)):
+                yield json.loads(line)
 
 
 class RunLog:
     """Lines and rows of one run folder."""
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_NAME
         self.ranks = ranks
         self._since_s = time.perf_counter()
         self._samples = 0

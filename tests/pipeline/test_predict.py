@@ -276,7 +276,7 @@ def test_half_precision_and_double_predict_too(screens_run: Path, screens: Path)
         one = Trained(
             trained.model.to(dtype), config, trained.image, trained.tokenizer, trained.step
         )
-        codes[precision] = one.codes([one.pixels(data)])
+        codes[precision] = [code.text for code in one.codes([one.pixels(data)])]
     assert codes["fp64"] == codes["fp32"]
 
 
