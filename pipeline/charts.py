@@ -39,9 +39,10 @@ class Curve:
     values: NDArray[np.float64]
 
     @classmethod
-    def of(cls, name: str, points: Sequence[tuple[float, float]]) -> "Curve":
-        array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
-        return cls(name, array[:, 0], array[:, 1])
+    def of(cls, name: str, points: Sequence[float]) -> "Curve":
+        """`points` are step, value, step, value."""
+        pairs = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+        return cls(name, pairs[:, 0], pairs[:, 1])
 
     @property
     def finite(self) -> "Curve":
@@ -78,11 +79,15 @@ def thinned(curve: Curve, most: int = MOST_POINTS) -> Thinned:
     )
 
 
-def draw(curves: Sequence[Curve]) -> bytes:
-    """An SVG picture of the curves, which share both axes. They must be finite, none empty."""
-    figure = Figure(figsize=(4.2, 2.3), layout="constrained", facecolor="none")
-    axes: Any = figure.add_subplot()
+def draw(curves: Sequence[Curve], last: float, *, may_be_log: bool) -> bytes:
+    """An SVG picture of the curves, which share both axes, over steps 0 to `last`.
+
+    They must be finite, none of them empty. With `may_be_log`, values that span decades are drawn
+    on a logarithmic scale.
+    """
     with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.2, 2.3), layout="constrained", facecolor="none")
+        axes: Any = figure.add_subplot()
         for curve, colour in zip(curves, COLOURS, strict=False):
             drawn = thinned(curve)
             if len(curve.steps) > len(drawn.steps):
@@ -93,8 +98,9 @@ def draw(curves: Sequence[Curve]) -> bytes:
             axes.plot(
                 drawn.steps, drawn.means, color=colour, lw=1.2, marker=marker, label=curve.name
             )
-        if _spans_decades(curves):
+        if may_be_log and _spans_decades(curves):
             axes.set_yscale("log")
+        axes.set_xlim(0, max(last, *(float(curve.steps.max()) for curve in curves)) * 1.02 or 1)
         axes.set_xlabel("step", color=FAINT, fontsize=8)
         axes.tick_params(labelsize=8, colors=FAINT)
         axes.grid(alpha=0.3)

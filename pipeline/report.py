@@ -15,6 +15,7 @@ import json
 import math
 import platform
 import sys
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +159,7 @@ class _Report:
         return Looked(samples, damaged, total)
 
     def _look_at(self, positions: NDArray[np.int64]) -> tuple[list[Sample], list[str]]:
-        """Of these samples of the split, counted over its shards; and a line each of the damaged."""
+        """The samples at these positions of the split, and a line for each that is damaged."""
         starts = np.cumsum([0, *self.dataset.reader.shard_samples])
         shard = np.searchsorted(starts, positions, side="right") - 1
         places = list(zip(shard.tolist(), (positions - starts[shard]).tolist(), strict=True))
@@ -221,11 +222,11 @@ class _Report:
             "Checkpoints": self._checkpoints(),
         }
         shown = {title: body for title, body in sections.items() if body is not None}
-        name = self.run.resolve().name
+        name = "/".join(self.run.resolve().parts[-2:]).lstrip("/")
         links = (tag("a", title, href=f"#{_anchor(title)}") for title in shown)
         body = tag(
             "body",
-            tag("header", tag("h1", f"Run {name}"), tag("nav", join(links, " "))),
+            tag("header", tag("h1", name), tag("nav", join(links, " "))),
             tag("main", join(_section(title, body) for title, body in shown.items())),
             tag("footer", f"Written by pixloom {__version__}"),
         )
@@ -239,13 +240,13 @@ class _Report:
         best = "no validation yet"
         if state.best_metric is not None:
             best = f"{metric} {_number(state.best_metric)} at step {state.best_step}"
-        counted = f"{len(looked.samples)} of {looked.num_in_split} samples of {self.split}"
+        counted = f"{len(looked.samples)} of the {looked.num_in_split} samples of {self.split}"
         facts: dict[str, object] = {
             "model": f"{model.name}, {size / 1e6:.2f} M parameters",
             "checkpoint": f"{checkpoint.name_of(self.chosen)} of {self.run}",
             "best validation": best,
             "trained on": self.data.label,
-            "looked at": counted,
+            "looked at for this page": counted,
         }
         if not looked.samples:
             return _facts(facts)
@@ -253,21 +254,21 @@ class _Report:
         if isinstance(self.model, Seq2Seq):
             num_tokens = sum(len(one.truth) for one in looked.samples)
             facts |= {
-                f"exact match ({counted})": f"{_number(float((errors == 0).mean()))}, "
+                "exact match of these": f"{_number(float((errors == 0).mean()))}, "
                 f"{int((errors == 0).sum())} of {len(errors)}",
-                f"token error rate ({counted})": _number(errors.sum() / max(num_tokens, 1)),
+                "token error rate of these": _number(errors.sum() / max(num_tokens, 1)),
             }
         else:
             low, middle, high = np.quantile(errors, (0, 0.5, 1))
             facts |= {
-                f"mean squared error in [0,1] ({counted})": f"{_number(errors.mean())}, from "
+                "mean squared error of these, in [0,1]": f"{_number(errors.mean())}, from "
                 f"{_number(low)} to {_number(high)}, median {_number(middle)}",
                 "PSNR of that mean": f"{_number(psnr(float(errors.mean())))} dB",
             }
         return _facts(facts)
 
     def _curves(self) -> Html:
-        figures = [_figure(title, curves) for title, curves in self.history.charts()]
+        figures = list(self.history.charts())
         if not figures:
             return tag("p", "Nothing is logged yet.")
         note = "Long curves are thinned out: the line is the mean of neighbours, the band around it"
@@ -302,10 +303,11 @@ class _Report:
         verdict = (
             "exact" if exact else f"{sample.error:.0f} edits to {len(sample.truth)} tokens of truth"
         )
-        parts = [_image_figure(image_CHW, "image")]
+        pictures = [_image_figure(image_CHW, "image")]
         truth, guess = self._text(sample.truth), self._text(sample.guess)
         if _is_web(truth):
-            parts.append(_screen(guess))
+            pictures.append(_screen(guess))
+        parts = [tag("div", join(pictures), class_="pictures")]
         in_truth, in_guess = diffs.differing(sample.truth, sample.guess)
         parts.append(self._code_figure("prediction", sample.guess, in_guess, "not in the truth"))
         if not exact:
@@ -531,10 +533,13 @@ class _Report:
 
 @dataclass(frozen=True)
 class _History:
-    """What a run logged: curves by name, and the rows of its validations."""
+    """What a run logged: quantities by name, and the rows of its validations.
 
-    training: dict[str, list[tuple[float, float]]]
-    validation: dict[str, list[tuple[float, float]]]
+    A quantity is one array of step, value, step, value: there may be a million rows.
+    """
+
+    training: dict[str, "array[float]"]
+    validation: dict[str, "array[float]"]
     validations: list[dict[str, Any]]
 
     @classmethod
@@ -547,46 +552,47 @@ class _History:
                 history.validations.append(row)
             for name, value in row.items():
                 if name not in _NOT_DRAWN and isinstance(value, int | float):
-                    curves.setdefault(name, []).append((row["step"], value))
+                    curves.setdefault(name, array("d")).extend((row["step"], value))
         return history
 
-    def charts(self) -> Iterator[tuple[str, list[Curve]]]:
-        """Title and curves of each picture; a curve may lack values that are not finite."""
-        losses = {"training": self.training, "validation": self.validation}
-        loss = [
-            Curve.of(name, curves["loss"]) for name, curves in losses.items() if "loss" in curves
-        ]
+    def charts(self) -> Iterator[Html]:
+        """A figure of each quantity, the losses in one."""
+        last = max((points[-2] for points in self.training.values()), default=0.0)
+        both = {"training": self.training, "validation": self.validation}
+        loss = [Curve.of(name, one["loss"]) for name, one in both.items() if "loss" in one]
         if loss:
-            yield "loss", loss
+            yield _figure("loss", loss, last, "lowest")
+        for name, points in self.validation.items():
+            if name != "loss":
+                best = "highest" if name in HIGHER_IS_BETTER else "lowest"
+                yield _figure(f"validation {name}", [Curve.of(name, points)], last, best)
         known = [name for name in _KNOWN_CURVES if name in self.training]
-        validation = [name for name in self.validation if name != "loss"]
-        for name in validation:
-            yield f"validation {name}", [Curve.of(name, self.validation[name])]
         for name in dict.fromkeys([*known, *self.training]):
             if name != "loss":
                 title = _KNOWN_CURVES.get(name, name)
-                yield title, [Curve.of(name, self.training[name])]
+                yield _figure(title, [Curve.of(name, self.training[name])], last)
 
 
-def _figure(title: str, curves: Sequence[Curve]) -> Html:
-    """A chart with its figures in words."""
+def _figure(title: str, curves: Sequence[Curve], last: float, best: str = "") -> Html:
+    """A chart of the steps up to `last`, with its figures in words; `best` is which value is."""
     finite = [curve.finite for curve in curves if len(curve.finite.steps)]
     words = []
     for curve in finite:
         name = f"{curve.name} " if len(curves) > 1 else ""
-        up = curve.name in HIGHER_IS_BETTER
-        at = int(curve.values.argmax() if up else curve.values.argmin())
-        words.append(
-            f"{name}last {_number(float(curve.values[-1]))}, {'highest' if up else 'lowest'} "
-            f"{_number(float(curve.values[at]))} at step {curve.steps[at]:.0f}"
-        )
+        low, high = float(curve.values.min()), float(curve.values.max())
+        range_ = f"from {_number(low)} to {_number(high)}"
+        if best:
+            at = int(curve.values.argmax() if best == "highest" else curve.values.argmin())
+            range_ = f"{best} {_number(curve.values[at])} at step {curve.steps[at]:.0f}"
+        words.append(f"{name}last {_number(curve.values[-1])}, {range_}")
     missing = sum(len(curve.steps) for curve in curves) - sum(len(one.steps) for one in finite)
     if missing:
         words.append(f"{missing} values are not finite")
     caption = tag("figcaption", tag("b", title), ": ", "; ".join(words))
     if not finite:
         return tag("figure", caption)
-    source = data_url(charts.draw(finite), "image/svg+xml")
+    picture = charts.draw(finite, last, may_be_log=best == "lowest")
+    source = data_url(picture, "image/svg+xml")
     return tag("figure", tag("img", src=source, alt=f"Curve of {title}"), caption)
 
 
@@ -702,13 +708,13 @@ figure{margin:0}figcaption,.note{color:#57606a;font-size:.85rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:1rem}
 .grid img{width:100%;height:auto}
 .sample{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start}
-.sample>figure{max-width:100%}.sample>figure>img{width:320px;max-width:100%;height:auto;
-border:1px solid #d0d7de}
-.code{flex:1 1 260px;min-width:0}
+.pictures{display:grid;gap:.7rem;width:320px;max-width:100%}
+.pictures img{width:100%;height:auto;border:1px solid #d0d7de}
+.code{flex:1 1 300px;min-width:0}
 .screen{width:320px;max-width:100%;height:184px;overflow:hidden;border:1px solid #d0d7de}
 .screen iframe{width:1200px;height:690px;border:0;transform:scale(.26667);transform-origin:0 0;
 pointer-events:none}
-pre{margin:0;padding:.5rem .7rem;max-height:24rem;overflow:auto;background:#f6f8fa;
+pre{margin:0;padding:.5rem .7rem;max-height:28rem;overflow:auto;background:#f6f8fa;
 font:12px/1.45 ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;white-space:pre-wrap;
 overflow-wrap:anywhere}
 code{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;font-size:.85em;

@@ -30,8 +30,9 @@ def read_rows(run: Path) -> Iterator[dict[str, Any]]:
         return
     with storage.explained(str(path)), path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            if math.isfinite(_step_of(line)):
-                yield json.loads(line)
+            row = _row_of(line)
+            if row is not None:
+                yield row
 
 
 class RunLog:
@@ -161,7 +162,15 @@ def _shown(value: object) -> str:
 
 def _step_of(line: str) -> float:
     """The step of a row; a line that a kill cut short is after every step."""
+    row = _row_of(line)
+    return math.inf if row is None else row["step"]
+
+
+def _row_of(line: str) -> dict[str, Any] | None:
+    """A row, or None for a line that is none."""
     try:
-        return int(json.loads(line)["step"])
+        row: dict[str, Any] = json.loads(line)
+        row["step"] = int(row["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return None
+    return row
