@@ -153,7 +153,8 @@ class _Report:
         damaged: list[str] = []
         parts = (positions[first : first + _BATCH] for first in range(0, count, _BATCH))
         read = map(self._look_at, parts)
-        for found, bad in engines.progress(read, count, "samples", lambda one: sum(map(len, one))):
+        shown = engines.progress(read, count, "samples", lambda one: len(one[0]) + len(one[1]))
+        for found, bad in shown:
             samples += found
             damaged += bad
         return Looked(samples, damaged, total)
