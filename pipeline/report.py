@@ -310,7 +310,8 @@ class _Report:
             pictures.append(_screen(guess))
         parts = [tag("div", join(pictures), class_="pictures")]
         in_truth, in_guess = diffs.differing(sample.truth, sample.guess)
-        parts.append(self._code_figure("prediction", sample.guess, in_guess, "not in the truth"))
+        name = "prediction, equal to the truth" if exact else "prediction"
+        parts.append(self._code_figure(name, sample.guess, in_guess, "not in the truth"))
         if not exact:
             parts.append(self._code_figure("truth", sample.truth, in_truth, "not predicted"))
         return tag(
@@ -321,7 +322,7 @@ class _Report:
                 tag("span", verdict, class_="good" if exact else "bad"),
                 f", confidence {_number(sample.confidence or 0.0)}",
             ),
-            tag("div", join(parts), class_="sample"),
+            tag("div", join(parts), class_="sample exact" if exact else "sample"),
             id=anchor,
         )
 
@@ -709,7 +710,9 @@ figure{margin:0}figcaption,.note{color:#57606a;font-size:.85rem}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:1rem}
 .grid img{width:100%;height:auto}
 .sample{display:flex;flex-wrap:wrap;gap:1rem;align-items:flex-start}
-.pictures{display:grid;gap:.7rem;width:320px;max-width:100%}
+.pictures{display:grid;gap:.7rem;width:320px;max-width:100%;
+grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr))}
+.exact .pictures{width:660px}
 .pictures img{width:100%;height:auto;border:1px solid #d0d7de}
 .code{flex:1 1 300px;min-width:0}
 .screen{width:320px;max-width:100%;height:184px;overflow:hidden;border:1px solid #d0d7de}
