@@ -59,7 +59,7 @@ _MOST_LINES = 30  # of what comes without bound: damaged samples, checkpoints, v
 _MOST_PIXELS = 480  # of an image's longer side
 _MOST_PNG_BYTES = 60_000
 _DIFFERENCE_SCALE = 4
-_HEAT_COLOUR, _HEAT_ALPHA = (220, 20, 60), 200
+_HEAT_COLOUR, _HEAT_ALPHA = (150, 30, 210), 210
 
 _NOT_DRAWN = {"step", "epoch", "skipped_steps", "bad_samples", "samples"}
 _KNOWN_CURVES = {
@@ -436,7 +436,7 @@ class _Report:
             cells = [tag("th", self._shown(truth), scope="row")]
             for guess in guesses:
                 count = found.get((truth, guess), 0)
-                shade = f"--heat:{round(100 * count / most)}%"
+                shade = f"--heat:{round(70 * count / most)}%"
                 cells.append(tag("td", count or "", style=shade, class_="heat"))
             rows.append(tag("tr", join(cells)))
         return tag("div", tag("table", join(rows)), class_="wide", tabindex=0)
@@ -525,7 +525,7 @@ class _Report:
     def _checkpoints(self) -> Html:
         found = checkpoint.committed(checkpoint.directory_of(self.run))
         best = self.trained.meta.state.best_step
-        rows: list[tuple[object, ...]] = [("checkpoint", "")]
+        rows: list[tuple[object, ...]] = [("checkpoint", "notes")]
         for path in found[-_MOST_LINES:]:
             notes = ["shown here"] if path == self.chosen else []
             notes += ["best validation"] if checkpoint.step_of(path) == best else []
