@@ -19,7 +19,7 @@ VERBS = {
     "predict": ("pipeline.predict", "code or reconstructions of images, by a run or an export"),
     "latents": ("pipeline.latents", "latents of a split, and pictures of the latent space"),
     "order": ("pipeline.order", "the sample keys of one step"),
-    "report": ("pipeline.report", "draw a run: curves, and samples beside predictions"),
+    "report": ("pipeline.report", "a run as one HTML page: curves, samples, what is mistaken"),
     "checkpoint": ("pipeline.checkpoint", "list, verify or export the checkpoints of a run"),
 }
 

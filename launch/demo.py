@@ -66,13 +66,13 @@ def run(folder: Path) -> None:
     _say("4. Validate on the test split: programs that training never saw")
     _call("-m", "pipeline.validate", training, "--split", "test")
     result = json.loads((training / "validate-test.json").read_text())
-    _say("5. Draw what came of it")
+    _say("5. Show what came of it")
     _call("-m", "shards.show", shards, "--out", folder / "sheet.png")
-    _call("-m", "pipeline.report", training, "--split", "test", "--out", folder / "report.png")
+    _call("-m", "pipeline.report", training, "--split", "test", "--out", folder / "report.html")
     print(
         f"\nexact match on {result['samples']:.0f} unseen programs: {result['exact_match']:.3f}\n\n"
         "Look at\n"
-        f"  {folder / 'report.png'}           curves, and screens beside the predicted code\n"
+        f"  {folder / 'report.html'}          all of it on one page: open it in a browser\n"
         f"  {folder / 'sheet.png'}            what was packed\n"
         f"  {training / 'metrics.jsonl'}    one row a logged step, across the kill\n"
         f"  {training / 'checkpoints'}      committed checkpoints, safetensors and JSON\n"

@@ -1,11 +1,13 @@
 """What a trained model makes of images: code, or reconstructions. Of a run or of an export.
 
-Images go through the gate and the fitting that packing used (`shards.images`), so an image gives
-the same pixels here as in its shard. One that is refused is named, and the rest is done.
+Images, on disk or on a store, go through the gate and the fitting that packing used
+(`shards.images`), so an image gives the same pixels here as in its shard. One that is refused is
+named, and the rest is done.
 
     python -m pipeline.predict RUN shot.png                 its code, on stdout
     python -m pipeline.predict EXPORT folder more.png       a line an image: FILE, tab, code
-    python -m pipeline.predict RUN folder --out codes --code-suffix .gui
+    python -m pipeline.predict RUN s3://bucket/screens --out codes --code-suffix .gui --html
+                                                            files; FILE, tab, confidence on stdout
     python -m pipeline.predict RUN folder --out rebuilt     autoencoder: PNGs; on stdout a line an
                                                             image: FILE, tab, mse, tab, score
                                                             (.npy of other than 1, 3, 4 channels)
@@ -18,12 +20,14 @@ scores far above those of a split, as `pixloom latents` lists them, is unlike wh
 import argparse
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +39,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from pipeline import web
 from pipeline.build import dtype_of, fit_of, new_decoding
 from pipeline.config import Config, add_decoding_flags, with_decoding
 from pipeline.decode import Decoding
@@ -44,10 +49,11 @@ from pipeline.grammar import Grammar
 from pipeline.latents import LatentFile, Rows, latent_file
 from pipeline.models import Autoencoder, Seq2Seq
 from pipeline.tasks import AutoencoderTask, as_floats
-from shards import arrays, engines, images, storage, tokens
+from shards import arrays, engines, images, sources, storage, tokens
+from shards.errors import redact
 from shards.format import COLOUR_CHANNELS, TOKENIZER_NAME, ImagePolicy
 from shards.images import ImageRefused
-from shards.sources import IMAGE_SUFFIXES, image_suffixes
+from shards.sources import IMAGE_SUFFIXES, FileRead, TooLargeError, image_suffixes
 from shards.storage import UserError
 
 
@@ -183,8 +189,13 @@ class Trained:
 class Source:
     """An image file, or what was named as one; `stem` is the path its output has under --out."""
 
-    path: Path
+    path: str
+    """or URL"""
     stem: str
+    root: str = ""
+    """of one on a store: the folder that it was found in"""
+    num_bytes: int | None = None
+    """of one on a store, as its listing said"""
 
 
 @dataclass(frozen=True)
@@ -196,6 +207,8 @@ class Prediction:
     code: str | None = None
     """the best of `codes`"""
     codes: Sequence[Code] = ()
+    not_web: str | None = None
+    """why there is no page of the code, where one was asked for"""
     pixels: NDArray[np.uint8] | None = None
     mse: float | None = None
     score: float | None = None
@@ -204,35 +217,37 @@ class Prediction:
     """its row of --latents"""
 
 
-def find_images(paths: Sequence[Path], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Source]:
+def find_images(paths: Sequence[str], suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Source]:
     """The files among `paths`, and those in their folders: sorted, at any depth.
 
-    In folders, what is hidden, a link, or has none of the suffixes is passed over.
+    In folders, what is hidden, a link, or has none of the suffixes is passed over, and on a store
+    names that a URL cannot hold.
+
+    Raises:
+        UserError: a protocol that is not supported, or a store that does not answer.
     """
     found: list[Source] = []
     for path in paths:
-        names = sorted(_walk(path, suffixes), key=os.fsencode) if _is_folder(path) else []
-        found += [Source(path / name, name.removesuffix(Path(name).suffix)) for name in names]
-        if not names:  # a file; or a folder without images, to be refused as one
-            found.append(Source(path, path.stem))
+        list_ = _list_store if storage.is_remote(path) else _list_local
+        inside = list_(path, suffixes)
+        found += inside or [_named(path)]  # a file; or a folder without images, to be refused
     return found
 
 
 def predict(
-    trained: Trained, sources: Sequence[Source], batch_size: int
+    trained: Trained, found: Sequence[Source], batch_size: int
 ) -> Generator[Prediction, None, None]:
     """One prediction a source: refusals as they are met, the others in their order, by batches."""
     waiting: list[tuple[Source, NDArray[np.uint8]]] = []
-    for number, source in enumerate(sources, 1):
+    for number, (source, read) in enumerate(_readers(found, trained.suffixes), 1):
         try:
-            with images.memory_explained(str(source.path)):
-                data = _read(source.path, trained.suffixes)
-                waiting.append((source, trained.pixels(data)))
+            with images.memory_explained(source.path):
+                waiting.append((source, trained.pixels(read())))
         except ImageRefused as refused:
             yield Prediction(source, refused=refused.cause)
         except OSError as error:
             yield Prediction(source, refused=error.strerror or str(error))
-        if waiting and (len(waiting) == batch_size or number == len(sources)):
+        if waiting and (len(waiting) == batch_size or number == len(found)):
             batch = [pixels for _, pixels in waiting]
             if isinstance(trained.model, Seq2Seq):
                 for (one, _), codes in zip(waiting, trained.codes(batch), strict=True):
@@ -254,10 +269,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("run", metavar="RUN_OR_EXPORT", type=Path, help="folder of a run or of an export")
-    add("images", metavar="IMAGE", type=Path, nargs="+", help="image files, and folders of them")
-    add("--out", metavar="FOLDER", type=Path, help="write a file an image (autoencoder: needed)")
+    add("images", metavar="IMAGE", nargs="+",
+        help="image files, and folders of them; also s3://, gs:// and abfs:// URLs")  # fmt: skip
+    add("--out", metavar="FOLDER", help="write a file an image (autoencoder: needed)")
     add("--latents", metavar="FILE", type=Path, help="autoencoder: write latents, *.parquet, *.npz")
     add("--code-suffix", default=".txt", help="of the files of code under --out [.txt]")
+    add("--html", action="store_true",
+        help="of pix2code's web programs: write the page beside the code")  # fmt: skip
     add("--overwrite", action="store_true", help="replace files that are already under --out")
     add("--checkpoint", help="of a run: best, last, or a step's number [best]")
     add("--batch-size", type=int, default=32, metavar="N", help="images at a time [32]")
@@ -281,47 +299,56 @@ def _predict(arguments: argparse.Namespace) -> int:
         )
     if arguments.n_best > 1 and not arguments.json:
         raise UserError(f"--n-best {arguments.n_best}: give --json, which has a place for them")
-    sources = find_images(arguments.images, trained.suffixes)
+    if arguments.html and not (writes_code and arguments.out is not None):
+        raise UserError("--html: needs --out FOLDER, and a model that writes code")
+    if arguments.html and arguments.code_suffix == ".html":
+        raise UserError("--html: the page would replace the code; give another --code-suffix")
+    found = find_images(arguments.images, trained.suffixes)
     outputs: dict[Source, Path] = {}
     if arguments.out is not None:
         picture = ".png" if trained.image.channels in COLOUR_CHANNELS else ".npy"
         suffix = arguments.code_suffix if writes_code else picture
-        outputs = _outputs(sources, arguments.out, suffix, arguments.overwrite)
+        suffixes = [suffix, ".html"] if arguments.html else [suffix]
+        outputs = _outputs(found, storage.local_path(arguments.out), suffixes, arguments.overwrite)
     elif not writes_code and arguments.latents is None:
         raise UserError("--out FOLDER is needed: an autoencoder's answers are images; or --latents")
 
     done: list[Prediction] = []
     with contextlib.ExitStack() as stack:
         latents = _latents(trained, arguments, stack)
-        found = predict(trained, sources, arguments.batch_size)
-        stack.enter_context(contextlib.closing(found))
-        for prediction in engines.progress(found, len(sources), "predicted", lambda _: 1):
-            if prediction.refused is not None:
+        predictions = predict(trained, found, arguments.batch_size)
+        stack.enter_context(contextlib.closing(predictions))
+        for prediction in engines.progress(predictions, len(found), "predicted", lambda _: 1):
+            if outputs and prediction.refused is None:
+                prediction = _write(prediction, outputs[prediction.source], arguments.html)
+            problem = prediction.refused or prediction.not_web
+            if problem is not None:
                 name = _shown(prediction.source.path)
-                print(f"pixloom predict: {name}: {prediction.refused}", file=sys.stderr)
-            else:
-                if latents is not None and prediction.latent is not None:
-                    latents.add(prediction.latent)
-                if outputs:
-                    _write(prediction, outputs[prediction.source])
+                print(f"pixloom predict: {name}: {problem}", file=sys.stderr)
+            if latents is not None and prediction.latent is not None:
+                latents.add(prediction.latent)
             # Its pixels and its latent are let go of.
             done.append(dataclasses.replace(prediction, pixels=None, latent=None))
     # Only now: while a progress bar is shown, it would draw what goes to stdout.
-    places = {source: place for place, source in enumerate(sources)}
+    places = {source: place for place, source in enumerate(found)}
     done.sort(key=lambda prediction: places[prediction.source])
     if arguments.json:
         print(json.dumps(_json(trained, done, outputs, arguments.n_best)))
     else:
-        alone = len(arguments.images) == 1 and not arguments.images[0].is_dir()
+        alone = [source.path for source in found] == [_named(one).path for one in arguments.images]
+        alone = alone and len(found) == 1
         for prediction in done:
             if prediction.mse is not None:
                 numbers = f"{prediction.mse:.6g}\t{prediction.score:.6g}"
                 print(f"{_shown(prediction.source.path)}\t{numbers}")
-            elif prediction.code is not None and not outputs:
+            elif outputs and prediction.codes:
+                confidence = prediction.codes[0].confidence
+                print(f"{_shown(prediction.source.path)}\t{confidence:.6g}")
+            elif prediction.code is not None:
                 line = " ".join(prediction.code.split())
                 shown = f"{_shown(prediction.source.path)}\t{line}"
                 print(_ended(prediction.code if alone else shown), end="")
-    num_done = sum(prediction.refused is None for prediction in done)
+    num_done = sum(one.refused is None and one.not_web is None for one in done)
     if outputs:
         print(f"{num_done} of {len(done)} images: {arguments.out}", file=sys.stderr)
     return 0 if num_done == len(done) else 1
@@ -342,13 +369,16 @@ def _latents(
 
 
 def _outputs(
-    sources: Sequence[Source], out: Path, suffix: str, overwrite: bool
+    found: Sequence[Source], out: Path, suffixes: Sequence[str], overwrite: bool
 ) -> dict[Source, Path]:
-    """Where each source's output goes. Raises `UserError` before anything is lost."""
-    inputs = {source.path.resolve() for source in sources}
+    """Where each source's output goes, that with the first of `suffixes`.
+
+    Raises `UserError` before anything is lost.
+    """
+    inputs = {Path(source.path).resolve() for source in found if not source.root}
     outputs: dict[Source, Path] = {}
     owners: dict[Path, Source] = {}
-    for source in sources:
+    for source, suffix in itertools.product(found, suffixes):
         path = out / f"{source.stem}{suffix}"
         other = owners.setdefault(path, source)
         if other is not source:
@@ -360,13 +390,15 @@ def _outputs(
             raise UserError(f"{_shown(path)}: is one of the images; choose another --out")
         if path.exists() and not overwrite:
             raise UserError(f"{_shown(path)}: is already there; give --overwrite to replace it")
-        outputs[source] = path
+        outputs.setdefault(source, path)
     with storage.explained(str(out)):
         out.mkdir(parents=True, exist_ok=True)
     return outputs
 
 
-def _write(prediction: Prediction, path: Path) -> None:
+def _write(prediction: Prediction, path: Path, as_web: bool) -> Prediction:
+    """Writes the output, and the page of a code `as_web`."""
+    not_web = None
     with storage.explained(_shown(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
         if prediction.code is not None:
@@ -378,6 +410,15 @@ def _write(prediction: Prediction, path: Path) -> None:
             else:
                 picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
                 picture.save(path, "PNG")
+    if as_web and prediction.code is not None:
+        html = path.with_suffix(".html")
+        with storage.explained(_shown(html)):
+            try:
+                html.write_text(web.render(prediction.code, path.name), encoding="utf-8")
+            except web.WebError as error:
+                html.unlink(missing_ok=True)  # of another code
+                not_web = f"no HTML, the code is not a web program: {error}"
+    return dataclasses.replace(prediction, not_web=not_web)
 
 
 def _ended(code: str) -> str:
@@ -390,8 +431,8 @@ def _json(
 ) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for prediction in done:
-        row: dict[str, Any] = {"image": str(prediction.source.path)}
-        for name in ("refused", "code", "mse", "score"):
+        row: dict[str, Any] = {"image": redact(prediction.source.path)}
+        for name in ("refused", "code", "not_web", "mse", "score"):
             if getattr(prediction, name) is not None:
                 row[name] = getattr(prediction, name)
         if prediction.codes:
@@ -409,11 +450,47 @@ def _scores(code: Code) -> dict[str, float]:
     return {"score": code.score, "confidence": code.confidence}
 
 
+def _readers(
+    found: Sequence[Source], suffixes: Sequence[str]
+) -> Iterator[tuple[Source, Callable[[], bytes]]]:
+    """Each source with what reads it, to be called before the next is asked for.
+
+    From a store they are read ahead. Reading raises OSError, and `ImageRefused` for what it is no
+    use to read; `UserError` when the store does not answer.
+    """
+    for root, group in itertools.groupby(found, key=lambda source: source.root):
+        if not root:
+            yield from ((one, functools.partial(_read, Path(one.path), suffixes)) for one in group)
+            continue
+        files = {
+            one: FileRead(one.path.removeprefix(root), one.num_bytes, images.MAX_FILE_BYTES)
+            for one in group
+        }
+        with sources.reading(root, files.values()) as read:
+            for one, file in files.items():
+                yield one, functools.partial(_read_stored, one.path, suffixes, read, file)
+
+
+def _read_stored(url: str, suffixes: Sequence[str], read: sources.Reader, file: FileRead) -> bytes:
+    try:
+        return read(file)
+    except TooLargeError as error:
+        raise ImageRefused("too_large") from error
+    except FileNotFoundError as error:
+        if storage.list_files(url):
+            raise _no_images(suffixes) from error
+        raise
+
+
+def _no_images(suffixes: Sequence[str]) -> ImageRefused:
+    return ImageRefused(f"no images there; looked for {' '.join(suffixes)}")
+
+
 def _read(path: Path, suffixes: Sequence[str]) -> bytes:
     """The file's bytes. Raises OSError, and `ImageRefused` for what it is no use to read."""
     if path.is_dir():
         next(path.iterdir(), None)  # raises where one may not look
-        raise ImageRefused(f"no images there; looked for {' '.join(suffixes)}")
+        raise _no_images(suffixes)
     if path.exists() and not path.is_file():
         raise ImageRefused("not a file")
     if path.stat().st_size > images.MAX_FILE_BYTES:
@@ -421,11 +498,42 @@ def _read(path: Path, suffixes: Sequence[str]) -> bytes:
     return path.read_bytes()
 
 
-def _is_folder(path: Path) -> bool:
+def _named(path: str) -> Source:
+    """What is called so, be it there or not."""
+    if storage.is_remote(path):
+        root, _, name = path.rstrip("/").rpartition("/")
+        return Source(f"{root}/{name}", _stem(name), root + "/")
+    local = storage.local_path(path)
+    return Source(str(local), local.stem)
+
+
+def _list_local(path: str, suffixes: Sequence[str]) -> list[Source]:
+    folder = storage.local_path(path)
     try:
-        return path.is_dir()
+        is_folder = folder.is_dir()
     except OSError:  # what is wrong with it is said when it is read
-        return False
+        is_folder = False
+    names = sorted(_walk(folder, suffixes), key=os.fsencode) if is_folder else []
+    return [Source(str(folder / name), _stem(name)) for name in names]
+
+
+def _list_store(url: str, suffixes: Sequence[str]) -> list[Source]:
+    root = url.rstrip("/") + "/"
+    return [
+        Source(root + name, _stem(name), root, num_bytes)
+        for name, num_bytes in storage.list_files(url).items()
+        if _is_image(name, suffixes)
+        and not any(part.startswith(".") or not part for part in name.split("/"))
+        and not set("?#\\\0") & set(name)
+    ]
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(Path(name).suffix)
+
+
+def _is_image(name: str, suffixes: Sequence[str]) -> bool:
+    return Path(name).suffix.lower() in suffixes
 
 
 def _walk(root: Path, suffixes: Sequence[str]) -> Iterator[str]:
@@ -434,15 +542,14 @@ def _walk(root: Path, suffixes: Sequence[str]) -> Iterator[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(folder) / name
-            is_image = path.suffix.lower() in suffixes and not name.startswith(".")
-            if is_image and not path.is_symlink():
+            if _is_image(name, suffixes) and not name.startswith(".") and not path.is_symlink():
                 yield str(path.relative_to(root))
     yield from (str(Path(folder).relative_to(root)) for folder in closed)
 
 
-def _shown(path: Path) -> str:
+def _shown(path: str | Path) -> str:
     """A path as it is typed, unless that would break a line or cannot be printed."""
-    text = str(path)
+    text = redact(str(path))
     return text if text.isprintable() else ascii(text)
 
 

@@ -1,9 +1,10 @@
 """What a run tells people: lines on stderr, rows in RUN/metrics.jsonl. Rank 0 alone writes."""
 
 import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,32 @@ from pipeline.state import TrainState
 from shards import storage
 from shards.storage import UserError
 
+METRICS_NAME = "metrics.jsonl"
 LEDGER_NAME = "damaged.txt"
 """in a run's folder: the samples that could not be read, a line each"""
+
+
+def read_rows(run: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a run's log, oldest first; none where there is none. A line that a kill cut
+    short is passed over.
+
+    Raises `UserError` when the log cannot be read.
+    """
+    path = run / METRICS_NAME
+    if not path.exists():
+        return
+    with storage.explained(str(path)), path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            row = _row_of(line)
+            if row is not None:
+                yield row
 
 
 class RunLog:
     """Lines and rows of one run folder."""
 
     def __init__(self, folder: Path, ranks: Ranks) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS_NAME
         self.ranks = ranks
         self._since_s = time.perf_counter()
         self._samples = 0
@@ -144,7 +162,15 @@ def _shown(value: object) -> str:
 
 def _step_of(line: str) -> float:
     """The step of a row; a line that a kill cut short is after every step."""
+    row = _row_of(line)
+    return math.inf if row is None else row["step"]
+
+
+def _row_of(line: str) -> dict[str, Any] | None:
+    """A row, or None for a line that is none."""
     try:
-        return int(json.loads(line)["step"])
+        row: dict[str, Any] = json.loads(line)
+        row["step"] = int(row["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return None
+    return row

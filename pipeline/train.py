@@ -99,8 +99,8 @@ def train(config: Config, *, as_json: bool = False) -> int:
             stopped = fit(run)
             with said_once():
                 run.saver.finish()
-    if stopped:
-        run.log.say(f"stopped after step {run.state.step}, saved; start again to go on")
+    done = f"done; pixloom report {config.run.dir} shows it"
+    run.log.say(f"stopped after step {run.state.step}, saved; start again" if stopped else done)
     if run.ranks.is_main and as_json:
         print(json.dumps({**asdict(run.state), "stopped": stopped}))
     return EXIT_REQUEUE if stopped else 0

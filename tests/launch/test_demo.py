@@ -50,9 +50,9 @@ def test_the_demo_survives_its_kill_and_learns(demo: tuple[Path, str]) -> None:
     print(f"exact match {result['exact_match']:.3f} on {result['samples']:.0f} programs")
     assert result["exact_match"] > 0.9
     assert result["samples"] == load_manifest(str(folder / "shards")).num_samples("test")
-    for name in ("report.png", "sheet.png"):
+    for name, start in (("report.html", b"<!DOCTYPE html>"), ("sheet.png", b"\x89PNG")):
         assert f"{folder / name}" in output
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        assert (folder / name).read_bytes().startswith(start)
 
 
 @pytest.mark.timeout(1200)

@@ -59,7 +59,7 @@ def test_the_commands_on_your_data(tmp_path: Path) -> None:
             check=False,
         )
         assert done.returncode == 0, f"$ {command}\n{done.stdout[-4000:]}"
-    for name in ("sheet.png", "runs/mine/validate-test.json", "runs/mine/report.png"):
+    for name in ("sheet.png", "runs/mine/validate-test.json", "runs/mine/report.html"):
         assert (tmp_path / name).is_file(), name
     assert len(list((tmp_path / "codes").glob("*.gui"))) == 120
 

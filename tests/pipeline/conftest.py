@@ -1,5 +1,6 @@
 """Packed datasets made once a session, by the real packer."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = "--kind images --size 48x32 --encode jpeg --split train=.7,val=.1,test=.2 --workers 0"
     assert pack.main([str(folder / "raw"), str(folder / "shards"), *words.split()]) == 0
     return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def screens_of_pix2code() -> Path:
+    """The rendered pix2code screens beside the repository, where there are any."""
+    folder = Path(__file__).parents[3] / "shared" / "data" / "pix2code-web" / "train"
+    if not folder.is_dir():
+        message = "the rendered pix2code screens are not beside this repository"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder
 
 
 def train_on_cpu(folder: Path, data: Path, words: str) -> Path:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from servers import Server
 
-from pipeline import predict, report, validate
+from pipeline import predict, report, validate, web
 from pipeline.batch import Batch
 from pipeline.build import load_model, open_split
 from pipeline.checkpoint import choose
@@ -26,7 +27,8 @@ from pipeline.order import validation_batches
 from pipeline.predict import Trained
 from pipeline.stream import BatchPlan, SampleReader, Shard
 from pipeline.tasks import prepare_images
-from shards import pack, synth, tokens
+from shards import pack, storage, synth, tokens
+from shards.format import BOS, EOS
 from shards.storage import load_manifest
 
 
@@ -285,7 +287,10 @@ def test_codes_go_to_files_and_none_is_lost(
         shutil.copy(raw / f"00000{len(name)}.png", source / name)
     (source / "a.gui").write_text("the truth")
     status, printed, _ = call(capsys, exported, source, "--out", out, "--code-suffix", ".gui")
-    assert (status, printed) == (0, "")
+    assert status == 0
+    rows = [line.split("\t") for line in printed.splitlines()]
+    assert [row[0] for row in rows] == [f"{source}/{name}.png" for name in ("a", "b", "sub/a")]
+    assert all(0 < float(row[1]) <= 1 for row in rows)
     status, printed, _ = call(capsys, exported, source)
     for line in printed.splitlines():
         name, code = line.split("\t")
@@ -306,6 +311,110 @@ def test_codes_go_to_files_and_none_is_lost(
         assert message in err
         assert len(err.splitlines()) == 1
     assert before == {path: path.read_bytes() for path in source.rglob("*.*")}
+
+
+def test_pages_are_written_beside_codes(
+    exported: Path, pictures_run: Path, screens: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """And where a code is no program, the reason, while the rest is done."""
+    raw, out = screens.parent / "raw", tmp_path / "out"
+    words = [exported, raw, "--out", out, "--code-suffix", ".gui", "--html"]
+    status, _, err = call(capsys, *words, "--json")
+    row = json.loads(call(capsys, *words, "--json", "--overwrite")[1])
+    assert len(row["images"]) == len(list(out.glob("*.gui"))) == 80
+    bad = [one for one in row["images"] if "not_web" in one]
+    assert status == (1 if bad else 0)
+    assert err.count("no HTML, the code is not a web program: line 1, column ") == len(bad)
+    for one in row["images"]:
+        assert 0 < one["confidence"] <= 1
+        page = Path(one["file"]).with_suffix(".html")
+        assert page.exists() == ("not_web" not in one)
+        if page.exists():
+            assert page.read_text() == web.render(one["code"], Path(one["file"]).name)
+    status, printed, err = call(capsys, *words)
+    assert (status, printed) == (2, "")
+    assert "--overwrite" in err
+    for words, message in [
+        ([exported, raw, "--html"], "--html: needs --out FOLDER"),
+        ([pictures_run, raw, "--html", "--out", out], "--html: needs --out FOLDER, and a model"),
+        ([exported, raw, "--html", "--out", out, "--code-suffix", ".html"], "would replace"),
+    ]:
+        status, printed, err = call(capsys, *words)
+        assert (status, printed) == (2, "")
+        assert message in err
+
+
+@torch.inference_mode()
+def test_confidence_is_the_product_of_the_steps_probabilities(
+    screens_run: Path, screens: Path
+) -> None:
+    trained = Trained.open(screens_run)
+    assert isinstance(trained.model, Seq2Seq)
+    images = [
+        trained.pixels((screens.parent / "raw" / f"00000{n}.png").read_bytes()) for n in (1, 2)
+    ]
+    for pixels, code in zip(images, trained.codes(images), strict=True):
+        image_BCHW = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+        memory = trained.model.encode(image_BCHW)
+        state, token, expected = memory.start, BOS, 1.0
+        for _ in range(trained.model.config.max_tokens + 1):
+            logits_BV, state = trained.model.step(torch.tensor([token]), state, memory)
+            token = int(logits_BV.argmax())
+            expected *= float(logits_BV.softmax(1)[0, token])
+            if token == EOS:
+                break
+        assert code.confidence == pytest.approx(expected, rel=1e-3)
+
+
+def test_images_on_a_store(
+    exported: Path, screens: Path, moto: Server, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A folder and a single file, as from disk; what is not there or no image is named."""
+    raw, local = screens.parent / "raw", tmp_path / "in"
+    folder = f"{moto.url}/predict"
+    (local / "sub").mkdir(parents=True)
+    for number, name in enumerate(["a.png", "b.png", "sub/c.PNG", ".hidden.png", "notes.txt"]):
+        shutil.copy(raw / f"00000{number}.png", local / name)
+        storage.publish(copy_of(local / name, tmp_path), f"{folder}/{name}")
+    storage.publish_text("no image", f"{folder}/bad.png")
+    storage.publish_text("no image", f"{moto.url}/other/notes.txt")
+    (local / "bad.png").write_text("no image")
+    status, printed, err = call(capsys, exported, folder, "--batch-size", 2)
+    expected = call(capsys, exported, local, "--batch-size", 2)
+    assert (status, printed, err) == tuple(
+        one.replace(str(local), folder) if isinstance(one, str) else one for one in expected
+    )
+    assert status == 1
+    assert len(printed.splitlines()) == 3
+    assert err == f"pixloom predict: {folder}/bad.png: unsupported_format\n"
+    assert call(capsys, exported, f"{folder}/b.png") == call(capsys, exported, local / "b.png")
+    assert call(capsys, exported, folder, "--out", tmp_path / "out")[0] == 1
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.txt")) == [
+        "a.txt", "b.txt", "c.txt",
+    ]  # fmt: skip
+    for url, message in [
+        (f"{folder}/gone.png", f"{folder}/gone.png: No such file or directory"),
+        (f"{moto.url}/other", f"{moto.url}/other: no images there; looked for .png"),
+    ]:
+        status, printed, err = call(capsys, exported, url)
+        assert (status, printed) == (1, "")
+        assert message in err
+    for url, message in [
+        ("http://example.com/a.png", "this storage protocol is not supported"),
+        ("s3:/bucket/a.png", "or a URL with ://"),
+        ("s3://pixloom-no-such-bucket/a", "pixloom-no-such-bucket"),
+    ]:
+        status, printed, err = call(capsys, exported, url)
+        assert (status, printed) == (2, "")
+        assert message in err
+        assert len(err.splitlines()) == 1
+    assert call(capsys, exported, local, "--out", f"{moto.url}/out")[0] == 2
+
+
+def copy_of(path: Path, folder: Path) -> Path:
+    return Path(shutil.copy(path, folder / "copy"))
 
 
 def test_images_of_a_dataset_that_was_never_resized(tmp_path: Path) -> None:
