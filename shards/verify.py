@@ -208,7 +208,7 @@ def check_dataset(root: str, deep: bool, workers: int) -> tuple[Manifest, list[s
     plan_url = join(root, PLAN_NAME)
     slim = None
     try:
-        text = storage.read_text(plan_url)
+        text = storage.read_text(plan_url, None)
         plan: Plan | Adoption
         if foreign.is_adoption(text):
             plan = Adoption.from_json(text, plan_url)
@@ -263,7 +263,7 @@ def find_garbage(root: str) -> list[str]:
             is_adopted = bool(manifest.selection)
     with suppress(FormatError):
         if PLAN_NAME in files:
-            text = storage.read_text(join(root, PLAN_NAME))
+            text = storage.read_text(join(root, PLAN_NAME), None)
             is_adopted |= foreign.is_adoption(text)
             planned = {shard.name for shard in Plan.from_json(text, PLAN_NAME).shards}
     if is_adopted:  # Its tars are another tool's.
@@ -347,7 +347,7 @@ def _check_receipt(task: ShardCheck, problems: list[str]) -> Receipt | None:
 def _check_index(task: ShardCheck, problems: list[str]) -> list[SampleSpan] | None:
     url = join(task.root, task.entry.index_name)
     try:
-        return parse_index(storage.read_text(url), task.entry.index_name)
+        return parse_index(storage.read_text(url), task.entry.index_name, task.entry.bytes)
     except (UserError, FormatError) as error:
         problems.append(str(error))
         return None
