@@ -1,14 +1,20 @@
 """Files that were made to hurt, and ordinary ones with every feature: for tests and for fuzzing."""
 
+import contextlib
+import hashlib
 import io
+import json
 import random
 import struct
 import tarfile
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from shards import format
 
 MB = 2**20
 RED = (200, 30, 40)
@@ -278,3 +284,28 @@ def bmp_rle() -> bytes:
     head = struct.pack("<IiiHHIIiiII", 40, 24, 16, 1, 8, 1, len(runs), 0, 0, 256, 0)
     offset = 14 + len(head) + 1024
     return b"BM" + struct.pack("<IHHI", offset + len(runs), 0, 0, offset) + head + palette + runs
+
+
+def resigned(body: dict[str, Any]) -> str:
+    """The text of a manifest with the digests that it should have, whatever else it holds."""
+    body.pop("manifest_sha256", None)
+    body.pop("data_digest", None)
+    # Without them it is where they cannot be had: then it is no manifest in other ways.
+    with contextlib.suppress(Exception):
+        splits = {
+            split: tuple(format.ShardEntry(**shard) for shard in shards)
+            for split, shards in body["splits"].items()
+        }
+        tokenizer = body["tokenizer"] and format.TokenizerEntry(**body["tokenizer"])
+        lines = format._data_lines(splits, tokenizer, body.get("selection", ""))
+        body["data_digest"] = format._sha256(lines)
+        body["manifest_sha256"] = format._sha256(format._canonical({**body, "splits": splits}))
+    return json.dumps(body)
+
+
+def rehashed(body: dict[str, Any]) -> str:
+    """The text of a plan with the hash that it should have."""
+    hashed = {key: body[key] for key in body if key not in ("format", "version", "plan_hash")}
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+    indent = 1 if "adoption" in str(body.get("format")) else None
+    return json.dumps({**body, "plan_hash": digest}, indent=indent)

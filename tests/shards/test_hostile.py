@@ -1,22 +1,23 @@
 """Hostile input: each row states what becomes of it.
 
-That is: packed as it should be, skipped and counted under a cause, or refused in one line that names
-the file. Never a traceback, a wait without end, memory beyond a bound, or a write outside OUT.
+That is: packed as it should be, skipped and counted under a cause, or refused in one line that
+names the file. Never a traceback, a wait without end, memory beyond a bound, or a write outside
+OUT.
 
 Rows that stand elsewhere:
 
 - images: 16 bits, CMYK, transparent palettes, EXIF 1 to 8, first frames, sides that an encoder has
   no room for: `test_images`; what the fast decoders leave to Pillow, and damage: `test_codecs`
-- files: links and pipes in a folder, half pairs, names that differ in case: `test_sources`; bad text,
-  a bomb, poison, want of memory: `test_pack`
+- files: links and pipes in a folder, half pairs, names that differ in case: `test_sources`; bad
+  text, a bomb, poison, want of memory: `test_pack`
 - tables: rows that cannot be used, hostile paths, damaged tables: `test_layouts`
-- tars: members absolute, linked, sparse, doubled, not adjacent; cuts, damage, names: `test_index` for
-  adopting, `test_layouts` for packing
-- datasets: damage of every file: `test_verify`; names that lead out, protocols: `test_storage`; arrays
-  of tokens that are none: `test_tokens`; credentials in errors: `test_errors`
+- tars: members absolute, linked, sparse, doubled, not adjacent; cuts, damage, names: `test_index`
+  for adopting, `test_layouts` for packing
+- datasets: damage of every file: `test_verify`; names that lead out, protocols: `test_storage`;
+  arrays of tokens that are none: `test_tokens`; credentials in errors: `test_errors`
+- any bytes at all: `tests/faults/fuzz.py`
 """
 
-import base64
 import contextlib
 import gzip
 import io
@@ -26,12 +27,10 @@ import pickle
 import shutil
 import socket
 import struct
-import subprocess
-import sys
 import tarfile
 import tracemalloc
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ import numpy as np
 import pytest
 from hostile import (
     MB,
-    RED,
     SIZE,
     TAR_END,
     bmp_claiming,
@@ -55,11 +53,11 @@ from hostile import (
     noise,
     pax_header,
     pax_record,
-    padded,
     png,
     png_chunk,
     png_of,
     red,
+    resigned,
     sealed,
     tar_header,
     tar_member,
@@ -74,8 +72,7 @@ from hostile import (
 from PIL import Image
 
 from pipeline.stream import SampleReader, Shard
-from shards import foreign, images, index, layouts, pack, show, storage, tarfiles, verify
-from shards.foreign import Adoption
+from shards import images, index, layouts, pack, show, storage, tarfiles, verify
 from shards.format import FormatError, Manifest, parse_index
 from shards.images import ImageRefused
 
@@ -343,16 +340,17 @@ def test_an_orientation_that_is_none_is_upright(orientation: object) -> None:
 def test_of_an_image_that_is_cut_anywhere_all_pixels_are_packed_or_none(name: str) -> None:
     data = valid_images()[name]
     whole = pixels(data)
-    causes = {"empty", "unsupported_format", "truncated", "corrupt"}
+    found_causes: set[str] = set()
     num_refused = 0
     for at in {*range(0, len(data), max(1, len(data) // 40)), *range(len(data) - 16, len(data))}:
         try:
             found = pixels(data[:at])
         except ImageRefused as refused:
-            assert refused.cause in causes
+            found_causes.add(refused.cause)
             num_refused += 1
         else:
             assert (found == whole).all(), f"cut at {at} of {len(data)}"
+    assert found_causes <= {"empty", "unsupported_format", "truncated", "corrupt"}
     assert num_refused >= 25
 
 
@@ -379,7 +377,6 @@ def test_special_files_are_skipped_or_ignored_and_never_waited_for(
         (raw / name).symlink_to(target)
     os.mkfifo(raw / "pipe.png")
     os.mkfifo(raw / "pipe.gui")
-    special = {"link", "pipe"}
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as server:
         here = Path.cwd()
         os.chdir(raw)  # The names of sockets have room for 100 bytes.
@@ -396,7 +393,6 @@ def test_special_files_are_skipped_or_ignored_and_never_waited_for(
     assert storage.load_manifest(str(out)).skips == {"not_a_file": 10 + num_devices}
     assert len(sources_of(out)) == 8
     assert hash_tree(outside) == before
-    assert special
 
 
 def test_a_file_that_may_not_be_read_is_counted(make_pairs: MakePairs, tmp_path: Path) -> None:
@@ -622,8 +618,8 @@ TARS: dict[str, tuple[Callable[[], bytes], dict[str, int] | str]] = {
         {"sparse": 1, "no_image": 1},
     ),
     "names": (
-        lambda: GOOD + b"".join(map(pair, [b"new\nline", b"two words", b"\xff\xfe", b"-rf", b"\x1b[31m",
-                                           b"tab\t", b"100%", b"\xe2\x80\xa8"])),
+        lambda: GOOD + b"".join(map(pair, [b"new\nline", b"two words", b"\xff\xfe", b"-rf",
+                                           b"\x1b[31m", b"tab\t", b"100%", b"\xe2\x80\xa8"])),
         {},
     ),
     "long names": (lambda: GOOD + pair(b"n" * 4000), {}),
@@ -638,7 +634,8 @@ TARS: dict[str, tuple[Callable[[], bytes], dict[str, int] | str]] = {
         {},
     ),
     "not adjacent": (
-        lambda: tar_member(b"a.png", PNG) + GOOD + tar_member(b"a.txt", b"x y"), {"not_adjacent": 2},
+        lambda: tar_member(b"a.png", PNG) + GOOD + tar_member(b"a.txt", b"x y"),
+        {"not_adjacent": 2},
     ),
     "doubled": (lambda: GOOD + pair(b"a") + pair(b"b") + pair(b"a"), {"duplicate_key": 1}),
     "doubled member": (
@@ -681,7 +678,8 @@ TARS: dict[str, tuple[Callable[[], bytes], dict[str, int] | str]] = {
         lambda: GOOD + tar_header(b"x", 300 * MB, b"L"), "a header of 314572800 bytes",
     ),
     "a pax record that overlaps": (
-        lambda: GOOD + tar_member(b"x", b"999999999 path=a\n", b"x") + pair(b"a"), "damaged pax header",
+        lambda: GOOD + tar_member(b"x", b"999999999 path=a\n", b"x") + pair(b"a"),
+        "damaged pax header",
     ),
     "a pax record without a length": (
         lambda: GOOD + tar_member(b"x", b"path=a\n", b"x") + pair(b"a"), "damaged pax header",
@@ -695,8 +693,8 @@ TARS: dict[str, tuple[Callable[[], bytes], dict[str, int] | str]] = {
     "text": (lambda: b"404 not found\n" * 99, "damaged tar header at byte 0"),
     "zero bytes": (lambda: b"", "cut off at byte 0"),
 }  # fmt: skip
-UNENDED = ("cut", "garbage", "a second", "gzip", "zip", "text", "zero", "a size beyond", "a pax header of",
-           "a long name of")  # fmt: skip
+UNENDED = ("cut", "garbage", "a second", "gzip", "zip", "text", "zero", "a size beyond",
+           "a pax header of", "a long name of")  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["index", "pack"])
@@ -822,25 +820,6 @@ def dataset(packed: Path, tmp_path: Path) -> Path:
     return tmp_path / "dataset"
 
 
-def resigned(body: dict[str, Any]) -> str:
-    """The text of a manifest with the digests that it should have, whatever it holds."""
-    from shards import format as fmt
-
-    body.pop("manifest_sha256", None)
-    body.pop("data_digest", None)
-    splits = body["splits"]
-    with contextlib.suppress(Exception):
-        entries = {
-            split: tuple(fmt.ShardEntry(**shard) for shard in shards)
-            for split, shards in splits.items()
-        }
-        tokenizer = body["tokenizer"] and fmt.TokenizerEntry(**body["tokenizer"])
-        lines = fmt._data_lines(entries, tokenizer, body.get("selection", ""))
-        body["data_digest"] = fmt._sha256(lines)
-        body["manifest_sha256"] = fmt._sha256(fmt._canonical({**body, "splits": entries}))
-    return json.dumps(body)
-
-
 def test_the_digests_of_these_tests_are_right(dataset: Path) -> None:
     path = dataset / "manifest.json"
     path.write_text(resigned(json.loads(path.read_text())))
@@ -918,7 +897,16 @@ def test_a_field_of_a_manifest_that_cannot_be_is_one_line(
     assert show.main([str(dataset), "--out", str(dataset / "sheet.png")]) == 2
 
 
-NAMES = ["../0.tar", "/etc/passwd", "train/../../0.tar", "..", "", "train//0.tar", "a\0b.tar", "./a.tar"]
+NAMES = [
+    "../0.tar",
+    "/etc/passwd",
+    "train/../../0.tar",
+    "..",
+    "",
+    "train//0.tar",
+    "a\0b.tar",
+    "./a.tar",
+]
 
 
 @pytest.mark.parametrize("where", ["shard", "tokenizer"])
@@ -933,7 +921,9 @@ def test_names_that_lead_out_of_a_dataset_are_one_line(
     said = capsys.readouterr()
     text = (said.out + said.err).splitlines()
     assert status in (1, 2)
-    assert any("no name of a file inside a dataset" in line or "manifest.json" in line for line in text)
+    assert any(
+        "no name of a file inside a dataset" in line or "manifest.json" in line for line in text
+    )
     assert "Traceback" not in said.err
 
 
@@ -981,10 +971,6 @@ def test_a_file_of_a_dataset_that_is_none_is_named(
     assert any(file in line for line in lines)
     assert len(lines) <= 6
     assert all(len(line) < 500 for line in lines)
-    # Packing again mends it, or says what is in its way.
-    raw = dataset.parent / "raw"
-    if not raw.exists():
-        raw = Path(str(dataset))  # Not there: the module's own folder.
     assert "Traceback" not in said.err
     assert not (dataset / "executed").exists()
 
@@ -1002,7 +988,8 @@ def test_the_last_of_two_equal_keys_counts_and_is_signed(dataset: Path, capsys: 
 LINES = [
     ("png 512 99 a.png", "a.png"), ("png 0 9 a.png", "out of range"),
     ("png -512 9 a.png", "out of range"), ("png 512 -1 a.png", "out of range"),
-    (f"png 512 {HUGE} a.png", "behind the shard's"), ("png 512 1000000000 a.png", "behind the shard's"),
+    (f"png 512 {HUGE} a.png", "behind the shard's"),
+    ("png 512 1000000000 a.png", "behind the shard's"),
     (f"png {HUGE} 1 a.png", "behind the shard's"),
     ("txt 5120 9 a.txt png 512 9 a.png", "out of range"),
     ("png 512 900 a.png txt 1024 9 a.txt", "out of range"),
@@ -1020,7 +1007,7 @@ def test_a_line_of_an_index_that_cannot_be_is_named(line: str, said: str, datase
     if said == "a.png":
         assert parse_index(text, "here", 10_000)[0].key == "a"
         return
-    with pytest.raises(FormatError, match="^here: ") as refused:
+    with pytest.raises(FormatError, match=r"^here: ") as refused:
         parse_index(text, "here", 10_000)
     assert said in str(refused.value)
     assert len(str(refused.value)) < 200
@@ -1032,7 +1019,9 @@ def test_a_line_of_an_index_that_cannot_be_is_named(line: str, said: str, datase
         reader.read(0, 0)
 
 
-@pytest.mark.parametrize("head", ["", "v1.2", "v1.2 -1", "v1.2 2", "v1.1 1", "v1.2 1 ", "PK", f"v1.2 {HUGE}"])
+@pytest.mark.parametrize(
+    "head", ["", "v1.2", "v1.2 -1", "v1.2 2", "v1.1 1", "v1.2 1 ", "PK", f"v1.2 {HUGE}"]
+)
 def test_an_index_of_another_number_of_lines_is_none(head: str) -> None:
     with pytest.raises(FormatError, match="here: not a complete"):
         parse_index(f"{head}\npng 512 9 a.png\n", "here")
