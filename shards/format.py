@@ -30,6 +30,10 @@ IMAGE_EXTENSIONS = ("png", "jpg", "webp", "jpeg")
 TOKENS_EXTENSION = "tokens.npy"
 TAR_BLOCK_BYTES = 512
 
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 65_535
+"""Of an image, before and after it is made to fit."""
+
 _FILE = re.compile(
     r"plan\.json|manifest\.json|tokenizer\.json|[a-z0-9_-]{1,32}/[0-9]{6,}\.(tar|idx|json)"
 )
@@ -403,10 +407,12 @@ def _shard_entries(shards: Iterable[Any]) -> tuple[ShardEntry, ...]:
 def _image_policy(body: Mapping[str, Any]) -> ImagePolicy:
     """Raises `TypeError` or `ValueError` when it is none."""
     policy = ImagePolicy(**{**body, "background": tuple(body["background"])})
-    size = (policy.width, policy.height)
-    numbers = (policy.quality, *policy.background, *(() if size == (None, None) else size))
-    if any(type(number) is not int or number < 0 for number in numbers) or 0 in size:
-        raise ValueError(f"{policy!r} has a number that is none")
+    for number in (policy.quality, *policy.background):
+        _count(number)
+    if policy.width is not None or policy.height is not None:
+        width, height = _count(policy.width), _count(policy.height)
+        if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS):
+            raise ValueError(f"{width}x{height}: not a size that images may have")
     if type(policy.channels) is not int or policy.channels not in (1, 3, 4):
         raise ValueError(f"{policy.channels!r} channels")
     if policy.fit not in _FITS or policy.encode not in _ENCODINGS or len(policy.background) != 3:

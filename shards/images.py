@@ -20,12 +20,12 @@ from PIL import Image, ImageOps
 
 from shards import headers
 from shards.codecs import decode_plain
+from shards.format import MAX_PIXELS as MAX_PIXELS
+from shards.format import MAX_SIDE as MAX_SIDE
 from shards.format import ImagePolicy
 from shards.storage import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_PIXELS = 64_000_000
-MAX_SIDE = 65_535
 MAX_FILE_BYTES = 512 * 2**20
 MAX_ENCODED_SIDES = {"jpeg": 65_500, "webp": 16_383}
 """Pixels of a side above which these encoders give up."""

@@ -92,7 +92,9 @@ def is_inside(url: str, folder: str) -> bool:
         return remote.is_inside(url, folder)
     if is_remote(url) or is_remote(folder):
         return False
-    return local_path(url).resolve().is_relative_to(local_path(folder).resolve())
+    # Not by `Path.resolve`, to which links in a circle are an error.
+    real, real_folder = (Path(os.path.realpath(local_path(one))) for one in (url, folder))
+    return real.is_relative_to(real_folder)
 
 
 def exists(url: str) -> bool:

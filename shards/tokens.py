@@ -183,10 +183,10 @@ class TokenizerFile:
 def _load_file(url: str, sha256: str) -> Tokenizer:
     # Its threads would not survive a fork into loader workers, and one text needs none.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    data = storage.read_bytes(url)
-    if hashlib.sha256(data).hexdigest() != sha256:
+    text = storage.read_text(url)
+    if hashlib.sha256(text.encode()).hexdigest() != sha256:
         raise UserError(f"{url}: not the tokenizer that the manifest names; index again")
-    return load_tokenizer(data.decode(), url)
+    return load_tokenizer(text, url)
 
 
 def to_npy(ids: Iterable[int], vocab_size: int) -> bytes:

@@ -397,18 +397,18 @@ def _check_totals(
 
 def _check_tokenizer(root: str, entry: TokenizerEntry, problems: list[str]) -> str | None:
     try:
-        data = storage.read_bytes(join(root, entry.file))
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
+        text = storage.read_text(join(root, entry.file))
+        if hashlib.sha256(text.encode()).hexdigest() != entry.sha256:
             problems.append(f"{entry.file}: its SHA-256 is not the manifest's")
             return None
-        vocab_size = tokens.load_tokenizer(data.decode(), entry.file).get_vocab_size()
+        vocab_size = tokens.load_tokenizer(text, entry.file).get_vocab_size()
         if vocab_size != entry.vocab_size:
             problems.append(
                 f"{MANIFEST_NAME}: says that the vocabulary has {entry.vocab_size} tokens, "
                 f"{entry.file} has {vocab_size}"
             )
-        return data.decode()
-    except (UserError, FormatError, UnicodeDecodeError) as error:
+        return text
+    except (UserError, FormatError) as error:
         problems.append(str(error))
         return None
 
