@@ -154,14 +154,15 @@ class SampleReader:
             os.close(self._files.popitem(last=False)[1])
         root, entry, _ = self.shards[shard]
         path = storage.local_path(storage.join(root, entry.name))
-        self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Not to wait for a writer, should it be a pipe.
+        self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         return self._files[shard]
 
     def _read_index(self, shard: int, outlook: Outlook | None = None) -> list[SampleSpan]:
         samples = self.shards[shard].entry.samples
 
         def parse(text: str, url: str) -> list[SampleSpan]:
-            spans = parse_index(text, url)
+            spans = parse_index(text, url, self.shards[shard].entry.bytes)
             if len(spans) != samples:
                 raise UserError(
                     f"{url}: {len(spans)} samples, the manifest says {samples}; "

@@ -17,6 +17,8 @@ import simplejpeg
 from kornia_rs.io import decode_image_png_u8
 from numpy.typing import NDArray
 
+from shards.headers import has_too_many_scans
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOURS = {1: 0, 3: 2, 4: 6}
 """channels -> colour type"""
@@ -27,6 +29,7 @@ _PNG_MAX_METADATA_BYTES = 2**14
 _JPEG_FORMATS = {1: "GRAY", 3: "RGB"}
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)
 """baseline, extended and progressive, with Huffman coding"""
+_JPEG_PROGRESSIVE = 0xC2
 # The only scales with vector instructions: the others take longer than no scale.
 _JPEG_DIVISORS = (8, 4, 2)
 
@@ -157,6 +160,7 @@ def _plain_jpeg_size(data: bytes, channels: int) -> tuple[int, int] | None:
         if marker in _JPEG_FRAMES:
             depth, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
             plain = depth == 8 and components == channels and channels in _JPEG_FORMATS
+            plain = plain and not (marker == _JPEG_PROGRESSIVE and has_too_many_scans(data))
             return (width, height) if plain and width * height else None
         if not (marker == 0xC4 or 0xDB <= marker <= 0xFE):
             return None

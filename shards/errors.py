@@ -52,6 +52,8 @@ _PATTERNS = [
     ),
 ]
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 
 class UserError(Exception):
     """What a user can put right: one line that names the file or option and what to do."""
@@ -108,11 +110,19 @@ def command(verb: str, action: Callable[[], int]) -> int:
     try:
         return action()
     except (UserError, FormatError) as error:
-        print(redact(f"pixloom {verb}: error: {error}"), file=sys.stderr)
+        print(one_line(redact(f"pixloom {verb}: error: {error}")), file=sys.stderr)
+        return 2
+    except MemoryError:
+        print(f"pixloom {verb}: error: not enough memory", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"pixloom {verb}: interrupted", file=sys.stderr)
         return 130
+
+
+def one_line(text: str) -> str:
+    """`text` with control characters and line ends, as names of files may have them, spelt out."""
+    return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def redact_tracebacks() -> None:

@@ -92,7 +92,7 @@ class Adoption:
             adoption = cls(**body, splits=splits, image_extensions=extensions)
         except FormatError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FormatError(f"{where}: damaged ({error!r})") from error
         if adoption.plan_hash != claimed:
             raise FormatError(f"{where}: its own hash does not match; it was edited")

@@ -19,7 +19,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
+
+from shards.limits import MAX_PIXELS, MAX_SIDE
 
 FORMAT_VERSION = 1
 ARRAY_FORMAT_VERSION = 2
@@ -48,6 +50,9 @@ _FILE = re.compile(
 )
 
 Kind = Literal["pairs", "images"]
+Fit = Literal["stretch", "pad", "crop", "none"]
+Encoding = Literal["keep", "png", "jpeg", "webp", "npy"]
+_FITS, _ENCODINGS = get_args(Fit), get_args(Encoding)
 
 
 class FormatError(ValueError):
@@ -64,8 +69,8 @@ class ImagePolicy:
     width: int | None
     height: int | None
     channels: int
-    fit: Literal["stretch", "pad", "crop", "none"]
-    encode: Literal["keep", "png", "jpeg", "webp", "npy"]
+    fit: Fit
+    encode: Encoding
     quality: int
     background: tuple[int, int, int]
 
@@ -159,12 +164,14 @@ class Manifest:
             manifest = cls(
                 kind=body["kind"],
                 splits={split: _shard_entries(shards) for split, shards in body["splits"].items()},
-                image=ImagePolicy(**{**image, "background": tuple(image["background"])}),
-                tokenizer=TokenizerEntry(**tokenizer) if tokenizer is not None else None,
+                image=_image_policy(image),
+                tokenizer=_tokenizer_entry(tokenizer) if tokenizer is not None else None,
                 skips=_skips(body["skips"]),
                 plan_hash=str(body["plan_hash"]),
                 selection=str(body.get("selection", "")),
             )
+            if manifest.kind not in get_args(Kind):
+                raise ValueError(f"{manifest.kind!r} is no kind of dataset")
             own = _sha256(_canonical({**body, "splits": manifest.splits}))
         except FormatError:
             raise
@@ -283,8 +290,12 @@ def format_index(spans: Iterable[SampleSpan]) -> str:
     return "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"
 
 
-def parse_index(text: str, where: str) -> list[SampleSpan]:
-    """The inverse of `format_index`. Raises `FormatError` naming `where`."""
+def parse_index(text: str, where: str, num_bytes: int | None = None) -> list[SampleSpan]:
+    """The inverse of `format_index`, of a shard of `num_bytes` where that is known.
+
+    Raises `FormatError` naming `where`, also for members that overlap or do not lie in the shard:
+    readers take the memory that an index asks for.
+    """
     head, *lines = text.splitlines() or [""]
     if head != f"v1.2 {len(lines)}":
         raise FormatError(f"{where}: not a complete v1.2 index (first line {head[:40]!r})")
@@ -301,8 +312,13 @@ def parse_index(text: str, where: str) -> list[SampleSpan]:
         except ValueError as error:
             raise FormatError(f"{where}: damaged index line {line[:80]!r}") from error
         key = words[3].removesuffix("." + words[0])
-        if any(member.offset < TAR_BLOCK_BYTES or member.size < 0 for member in members):
-            raise FormatError(f"{where}: sample {key}: offset or size out of range")
+        end = 0
+        for member in members:
+            if member.offset < end + TAR_BLOCK_BYTES or member.size < 0:
+                raise FormatError(f"{where}: sample {key!r}: offset or size out of range")
+            end = member.offset + member.size
+        if num_bytes is not None and end > num_bytes:
+            raise FormatError(f"{where}: sample {key!r}: ends behind the shard's {num_bytes} bytes")
         spans.append(SampleSpan(key, members))
     return spans
 
@@ -397,7 +413,39 @@ def _shard_entries(shards: Iterable[Any]) -> tuple[ShardEntry, ...]:
             raise TypeError(f"{entry!r} has a count that is none")
         if entry.samples < 0 or entry.bytes < 0:
             raise ValueError(f"{entry!r} has a count below 0")
+        if entry.samples > entry.bytes or entry.bytes >= 2**63:
+            raise ValueError(f"{entry!r} has a count that cannot be")
+        if not entry.name.isprintable():
+            raise ValueError(f"{entry!r} has a name that cannot be shown")
     return entries
+
+
+def _image_policy(body: Mapping[str, Any]) -> ImagePolicy:
+    """Raises `TypeError` or `ValueError` when it is none."""
+    policy = ImagePolicy(**{**body, "background": tuple(body["background"])})
+    for number in (policy.quality, *policy.background):
+        _count(number)
+    if policy.width is not None or policy.height is not None:
+        width, height = _count(policy.width), _count(policy.height)
+        if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS):
+            raise ValueError(f"{width}x{height}: not a size that images may have")
+    if not 1 <= _count(policy.channels) <= MAX_CHANNELS:
+        raise ValueError(f"{policy.channels} channels")
+    if policy.channels not in COLOUR_CHANNELS and policy.encode != "npy":
+        raise ValueError(f"{policy.channels} channels as {policy.encode}")
+    if policy.fit not in _FITS or policy.encode not in _ENCODINGS or len(policy.background) != 3:
+        raise ValueError(f"{policy!r} is no policy")
+    return policy
+
+
+def _tokenizer_entry(body: Mapping[str, Any]) -> TokenizerEntry:
+    """Raises `TypeError` or `ValueError` when it is none."""
+    entry = TokenizerEntry(**body)
+    _count(entry.vocab_size)
+    _count(entry.longest)
+    if type(entry.file) is not str or type(entry.sha256) is not str:
+        raise TypeError(f"{entry!r} names no file")
+    return entry
 
 
 def _skips(body: Mapping[str, Any]) -> dict[str, int]:
@@ -413,6 +461,8 @@ def _count(value: Any) -> int:
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
         body = json.loads(text, object_hook=_shard_entry)
+    except RecursionError as error:
+        raise FormatError(f"{where}: lists in lists, too many to be read") from error
     except ValueError as error:
         raise FormatError(f"{where}: not JSON ({error})") from error
     if not isinstance(body, dict):

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from shards import arrays
+from shards import arrays, headers
 from shards.codecs import decode_plain
 from shards.format import ARRAY_EXTENSION, ImagePolicy
 from shards.limits import MAX_FILE_BYTES as MAX_FILE_BYTES
@@ -247,8 +247,9 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
         # Pillow warns of odd metadata and of sizes; what matters of it is decided here.
         warnings.simplefilter("ignore")
         try:
-            image = Image.open(io.BytesIO(data), formats=formats)
-        except Image.DecompressionBombError as error:
+            file = headers.limited(data)
+            image = Image.open(file, formats=formats)
+        except (Image.DecompressionBombError, headers.TooMuchError) as error:
             raise ImageRefused("too_large") from error
         except Exception as error:
             cause = _cause(error)
@@ -256,6 +257,7 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
             raise ImageRefused(cause if known else "unsupported_format") from error
         with image:
             check_size(*image.size)
+            file.pixels_begin(byte_by_byte=image.format == "BMP")
             yield image
 
 
@@ -265,7 +267,7 @@ def _refusing() -> Iterator[None]:
         yield
     except ImageRefused:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, headers.TooMuchError) as error:
         raise ImageRefused("too_large") from error
     except Exception as error:
         # Decoders fed with damaged bytes raise nearly anything, IndexError and TypeError among it.
@@ -286,6 +288,8 @@ def _orientation(image: Image.Image) -> int:
     """
     if image.format == "TIFF":
         return 1  # Pillow turns these itself, and states the upright size.
+    if len(image.info.get("exif") or b"") > headers.MAX_METADATA_BYTES:
+        raise ImageRefused("too_large")
     try:
         # The base class's method: that of PNG decodes the whole image in search of metadata.
         return int(Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1))

@@ -114,7 +114,7 @@ def adopt_shard(task: ShardTask) -> Adopted:
         else:
             path = storage.local_path(url)
         try:
-            with storage.explained(url), path.open("rb") as file:
+            with storage.explained(url), storage.open_read(str(path)) as file:
                 found = foreign.scan(file, task.name, task.adoption, task.tokenizer_json)
         except FormatError as error:
             return Adopted(ShardEntry(task.name, 0, task.num_bytes, ""), str(error))
@@ -414,7 +414,7 @@ def _first_samples(
             path = storage.local_path(url)
         found = {}
         try:
-            with storage.explained(url), path.open("rb") as file:
+            with storage.explained(url), storage.open_read(str(path)) as file:
                 found = tarfiles.list_extensions(file, name)
         except FormatError as error:
             problems.append(str(error))

@@ -426,7 +426,7 @@ def _read_plan(out: str) -> str:
     """The text of the plan on storage; empty without one, or where it is no text at all."""
     url = join(out, PLAN_NAME)
     with suppress(FormatError):
-        return storage.read_text(url) if storage.exists(url) else ""
+        return storage.read_text(url, None) if storage.exists(url) else ""
     return ""
 
 
@@ -494,7 +494,9 @@ def _remove_pack(out: str, shards: Sequence[PlannedShard], all_listed: bool) -> 
     if all_listed and storage.exists(join(out, MANIFEST_NAME)):
         with suppress(FormatError):
             listed = storage.load_manifest(out).splits.values()
-            names |= {entry.name for entries in listed for entry in entries}
+            # No other name is ours, whoever wrote that manifest.
+            found = {entry.name for entries in listed for entry in entries}
+            names |= {name for name in found if is_file_name(name)}
     storage.remove(join(out, MANIFEST_NAME))
     for suffix in (".json", ".tar", ".idx"):
         urls = [join(out, name.removesuffix(".tar") + suffix) for name in sorted(names)]

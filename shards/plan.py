@@ -150,7 +150,7 @@ class Plan:
             )
         except FormatError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FormatError(f"{where}: damaged plan ({error!r})") from error
         if plan.plan_hash != body.get("plan_hash"):
             raise FormatError(f"{where}: the plan's own hash does not match; it was edited")

@@ -32,6 +32,7 @@ from shards.format import (
     Manifest,
     Receipt,
     SampleSpan,
+    ShardEntry,
     code_extension,
     image_extension,
     parse_index,
@@ -116,11 +117,16 @@ def draw_sheet(root: str, split: str | None, num_samples: int) -> Figure:
     return figure
 
 
+def _read_index(root: str, entry: ShardEntry) -> list[SampleSpan]:
+    text = storage.read_text(join(root, entry.index_name))
+    return parse_index(text, entry.index_name, entry.bytes)
+
+
 def _read_samples(root: str, manifest: Manifest, split: str, count: int) -> list[Shown]:
     """`count` samples spread evenly over the first shards, which are fair samples themselves."""
     shown: list[Shown] = []
     for entry in manifest.splits[split]:
-        spans = parse_index(storage.read_text(join(root, entry.index_name)), entry.index_name)
+        spans = _read_index(root, entry)
         tar = storage.read_bytes(join(root, entry.name))
         wanted = min(count - len(shown), len(spans))
         for at in range(wanted):
@@ -153,7 +159,7 @@ def _read_statistics(root: str, manifest: Manifest, split: str) -> Statistics:
         url = join(root, TOKENIZER_NAME)
         tokenizer = tokens.load_tokenizer(storage.read_text(url), url)
     for entry in manifest.splits[split]:
-        spans = parse_index(storage.read_text(join(root, entry.index_name)), entry.index_name)
+        spans = _read_index(root, entry)
         image_bytes += [
             member.size
             for span in spans

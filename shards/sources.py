@@ -29,7 +29,8 @@ IMAGE_SUFFIXES = (
 ARRAY_SUFFIXES = (".npy", ".tif", ".tiff")
 """Of images of other than 1, 3 or 4 channels."""
 CODE_SUFFIXES = (".gui", ".html", ".tex", ".txt")
-MAX_CODE_BYTES = 16 * 2**20
+MAX_CODE_BYTES = 4 * 2**20
+"""Finding the words of so much text takes up to 1.5 GB, as much as the largest image."""
 
 
 NUM_READ_AHEAD = 16

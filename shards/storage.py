@@ -39,6 +39,10 @@ NUM_REQUESTS = 16
 RANGE_BYTES = 2**20
 """Asked of a store at a time for a file that is read as one: a request costs as long as so much."""
 
+MAX_TEXT_BYTES = 256 * 2**20
+"""Of a manifest, receipt, index or tokenizer: a manifest of a million shards has 200 MB. What JSON
+becomes in memory can be twenty times as large, and is read before it is known to be ours."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -88,7 +92,9 @@ def is_inside(url: str, folder: str) -> bool:
         return remote.is_inside(url, folder)
     if is_remote(url) or is_remote(folder):
         return False
-    return local_path(url).resolve().is_relative_to(local_path(folder).resolve())
+    # Not by `Path.resolve`, to which links in a circle are an error.
+    real, real_folder = (Path(os.path.realpath(local_path(one))) for one in (url, folder))
+    return real.is_relative_to(real_folder)
 
 
 def exists(url: str) -> bool:
@@ -113,8 +119,8 @@ def read_bytes(url: str, num_bytes: int | None = None) -> bytes:
     """
     if is_remote(url):
         return remote.read_bytes(url, num_bytes)
-    with explained(url):
-        return local_path(url).read_bytes()
+    with explained(url), _open_regular(url) as file:
+        return file.read()
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
@@ -124,7 +130,7 @@ def read_range(url: str, start: int, stop: int) -> bytes:
     """
     if is_remote(url):
         return remote.read_range(url, start, stop)
-    with explained(url), local_path(url).open("rb") as file:
+    with explained(url), _open_regular(url) as file:
         file.seek(start)
         return file.read(stop - start)
 
@@ -137,7 +143,18 @@ def open_read(url: str) -> BinaryIO:
     if is_remote(url):
         return io.BufferedReader(_RangeFile(url), RANGE_BYTES)
     with explained(url):
-        return local_path(url).open("rb")
+        return _open_regular(url)
+
+
+def _open_regular(url: str) -> BinaryIO:
+    """A local file; a pipe, which nobody may ever write to, or a device, which may never end, is
+    an OSError."""
+    descriptor = os.open(local_path(url), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError("not a regular file")
+    return file
 
 
 class _RangeFile(io.RawIOBase):
@@ -170,10 +187,16 @@ class _RangeFile(io.RawIOBase):
         return len(data)
 
 
-def read_text(url: str) -> str:
-    """The whole object as UTF-8. Raises `UserError`, or `FormatError` when it is not UTF-8."""
+def read_text(url: str, max_bytes: int | None = MAX_TEXT_BYTES) -> str:
+    """The whole object as UTF-8.
+
+    Raises `UserError`, or `FormatError` when it is not UTF-8 or, unread, has more than `max_bytes`.
+    """
+    num_bytes = size_bytes(url)
+    if max_bytes is not None and num_bytes > max_bytes:
+        raise FormatError(f"{url}: {num_bytes} bytes, more than the {max_bytes} it may have")
     try:
-        return read_bytes(url).decode()
+        return read_bytes(url, num_bytes).decode()
     except UnicodeDecodeError as error:
         raise FormatError(f"{url}: damaged, not UTF-8 text") from error
 
@@ -207,8 +230,16 @@ def list_files(url: str) -> dict[str, int]:
             for name in names:
                 path = Path(folder, name)
                 with contextlib.suppress(FileNotFoundError):  # removed while we list
-                    sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+                    sizes[path.relative_to(root).as_posix()] = _size_of(path)
     return dict(sorted(sizes.items()))
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        # Of a link that leads nowhere or in a circle, its own: who reads the file is told.
+        return path.lstat().st_size
 
 
 def _unless_missing(error: OSError) -> None:
@@ -231,8 +262,8 @@ def fetch(url: str, destination: Path) -> None:
             if is_remote(url):
                 remote.fetch(url, temporary)
             else:
-                with explained(url):
-                    shutil.copyfile(local_path(url), temporary)
+                with explained(url), _open_regular(url) as file, temporary.open("wb") as copy:
+                    shutil.copyfileobj(file, copy)
             temporary.replace(destination)
         finally:
             temporary.unlink(missing_ok=True)

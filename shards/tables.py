@@ -195,7 +195,8 @@ def _missing(url: str, name: str, names: Iterable[str]) -> UserError:
 
 
 class _Lines:
-    """Lines of text, and how many bytes they took."""
+    """Lines of text, and how many bytes they took. `start` is where the record begins, of which
+    there may be several."""
 
     def __init__(self, url: str, file: BinaryIO) -> None:
         self._url = url
@@ -203,6 +204,7 @@ class _Lines:
         self.position = len(_BYTE_ORDER_MARK)
         if file.read(self.position) != _BYTE_ORDER_MARK:
             self.position = file.seek(0)
+        self.start = self.position
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -211,9 +213,9 @@ class _Lines:
         line = self._file.readline(MAX_LINE_BYTES + 1)
         if not line:
             raise StopIteration
-        if len(line) > MAX_LINE_BYTES:
+        if self.position + len(line) - self.start > MAX_LINE_BYTES:
             raise UserError(
-                f"{self._url}: the line at byte {self.position} has more than "
+                f"{self._url}: the line or record at byte {self.start} has more than "
                 f"{MAX_LINE_BYTES} bytes; not a table of text"
             )
         self.position += len(line)
@@ -230,7 +232,7 @@ def _csv_records(url: str, file: BinaryIO) -> Iterator[tuple[int, int, list[str]
     lines = _Lines(url, file)
     records = _csv_reader(lines, DELIMITERS[suffix_of(url)])
     while True:
-        start = lines.position
+        start = lines.start = lines.position
         try:
             cells = next(records, None)
         except csv.Error as error:
@@ -277,7 +279,7 @@ def _json_rows(url: str, columns: Sequence[str], loaded: Sequence[str]) -> Itera
                     if all(cell is None or isinstance(cell, str) for cell in wanted):
                         cells = {name: row.get(name) for name in loaded}
                 yield Row(number, start, size, None, cells)
-            start = lines.position
+            start = lines.start = lines.position
     if number and unseen:
         raise _missing(url, min(unseen), seen)
 

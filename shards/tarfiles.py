@@ -19,9 +19,12 @@ from shards.format import TAR_BLOCK_BYTES, FormatError
 
 MAX_HEADER_BYTES = 1 << 20
 """Of a long name or a pax header."""
+MAX_NAME_CHARS = 4096
+"""Of a member, as of a path on Linux: the names of a shard's samples are in memory together."""
 CHUNK_BYTES = 1 << 20
 
 _PAX_RECORD = re.compile(rb"([0-9]{1,9}) ")
+_SPARSE = "GNU.sparse."
 _META_NAME = re.compile(r"__[^/]*__($|/)")
 
 
@@ -87,6 +90,8 @@ def why_unused(entry: Entry) -> str:
     """Why a member is no part of a sample: a cause to be counted under, `ignored`, or nothing."""
     if entry.kind != "file":
         return "ignored" if entry.kind == "folder" else entry.kind
+    if len(entry.name) > MAX_NAME_CHARS:
+        return "unsafe_name"
     if not split_name(entry.name)[0]:
         return "unnamed"
     if entry.name.startswith("/") or ".." in entry.name.split("/"):
@@ -113,6 +118,7 @@ def walk(source: TarReader) -> Iterator[Entry]:
     """
     long_name: bytes | None = None
     pax: dict[str, bytes] = {}
+    is_announced = False
     while True:
         start = source.position
         header = source.read(TAR_BLOCK_BYTES)
@@ -123,7 +129,7 @@ def walk(source: TarReader) -> Iterator[Entry]:
                 "1024 zero bytes at its end mend it"
             )
         if not any(header):
-            if long_name is not None or pax:
+            if is_announced:
                 raise FormatError(f"{source.where}: damaged: no member follows at byte {start}")
             _check_end(source)
             return
@@ -134,18 +140,18 @@ def walk(source: TarReader) -> Iterator[Entry]:
         name, size = info.name, info.size
         if info.type in (b"L", b"K", b"x", b"X", b"g"):
             data = _extended_header(source, size, start)
+            is_announced = is_announced or info.type != b"g"
             if info.type == b"L":
                 long_name = data.partition(b"\0")[0]
             elif info.type in (b"x", b"X"):
-                pax |= _pax_records(data, source.where, start)
+                # Of the others there may be any number, header after header.
+                pax |= _kept(_pax_records(data, source.where, start))
             elif info.type == b"g":
                 shared = _pax_records(data, source.where, start)
                 if "path" in shared or "size" in shared:
                     raise FormatError(f"{source.where}: one name or size for all, at byte {start}")
             continue
-        sparse = info.type == tarfile.GNUTYPE_SPARSE or any(
-            record.startswith("GNU.sparse.") for record in pax
-        )
+        sparse = info.type == tarfile.GNUTYPE_SPARSE or _SPARSE in pax
         if info.type == tarfile.GNUTYPE_SPARSE:
             more = header[482]
             while more:
@@ -159,7 +165,7 @@ def walk(source: TarReader) -> Iterator[Entry]:
             if not re.fullmatch(rb"[0-9]{1,18}", pax["size"]):
                 raise FormatError(f"{source.where}: damaged pax header before byte {start}")
             size = int(pax["size"])
-        long_name, pax = None, {}
+        long_name, pax, is_announced = None, {}, False
         # As everywhere: links, folders and devices carry no data, whatever their size says.
         if info.type in tarfile.SUPPORTED_TYPES and not info.isreg():
             size = 0
@@ -172,7 +178,7 @@ def walk(source: TarReader) -> Iterator[Entry]:
         elif info.islnk() or info.issym():
             kind = "link"
         offset = source.position
-        yield Entry(name, kind, header, offset, size)
+        yield Entry(name[: MAX_NAME_CHARS + 1], kind, header, offset, size)
         source.skip_to(offset + size + -size % TAR_BLOCK_BYTES)
 
 
@@ -183,6 +189,15 @@ def _extended_header(source: TarReader, size: int, start: int) -> bytes:
     data = source.read(size)
     source.skip_to(source.position + -size % TAR_BLOCK_BYTES)
     return data
+
+
+def _kept(records: dict[str, bytes]) -> dict[str, bytes]:
+    kept: dict[str, bytes] = {
+        keyword: records[keyword] for keyword in ("path", "size") if keyword in records
+    }
+    if any(keyword.startswith(_SPARSE) for keyword in records):
+        kept[_SPARSE] = b""
+    return kept
 
 
 def _pax_records(data: bytes, where: str, start: int) -> dict[str, bytes]:

@@ -189,10 +189,10 @@ class TokenizerFile:
 
 @functools.lru_cache(maxsize=8)
 def _load_file(url: str, sha256: str) -> Tokenizer:
-    data = storage.read_bytes(url)
-    if hashlib.sha256(data).hexdigest() != sha256:
+    text = storage.read_text(url)
+    if hashlib.sha256(text.encode()).hexdigest() != sha256:
         raise UserError(f"{url}: not the tokenizer that the manifest names; index again")
-    return load_tokenizer(data.decode(), url)
+    return load_tokenizer(text, url)
 
 
 def to_npy(ids: Iterable[int], vocab_size: int) -> bytes:

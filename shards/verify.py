@@ -209,7 +209,7 @@ def check_dataset(root: str, deep: bool, workers: int) -> tuple[Manifest, list[s
     plan_url = join(root, PLAN_NAME)
     slim = None
     try:
-        text = storage.read_text(plan_url)
+        text = storage.read_text(plan_url, None)
         plan: Plan | Adoption
         if foreign.is_adoption(text):
             plan = Adoption.from_json(text, plan_url)
@@ -264,7 +264,7 @@ def find_garbage(root: str) -> list[str]:
             is_adopted = bool(manifest.selection)
     with suppress(FormatError):
         if PLAN_NAME in files:
-            text = storage.read_text(join(root, PLAN_NAME))
+            text = storage.read_text(join(root, PLAN_NAME), None)
             is_adopted |= foreign.is_adoption(text)
             planned = {shard.name for shard in Plan.from_json(text, PLAN_NAME).shards}
     if is_adopted:  # Its tars are another tool's.
@@ -348,7 +348,7 @@ def _check_receipt(task: ShardCheck, problems: list[str]) -> Receipt | None:
 def _check_index(task: ShardCheck, problems: list[str]) -> list[SampleSpan] | None:
     url = join(task.root, task.entry.index_name)
     try:
-        return parse_index(storage.read_text(url), task.entry.index_name)
+        return parse_index(storage.read_text(url), task.entry.index_name, task.entry.bytes)
     except (UserError, FormatError) as error:
         problems.append(str(error))
         return None
@@ -398,18 +398,18 @@ def _check_totals(
 
 def _check_tokenizer(root: str, entry: TokenizerEntry, problems: list[str]) -> str | None:
     try:
-        data = storage.read_bytes(join(root, entry.file))
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
+        text = storage.read_text(join(root, entry.file))
+        if hashlib.sha256(text.encode()).hexdigest() != entry.sha256:
             problems.append(f"{entry.file}: its SHA-256 is not the manifest's")
             return None
-        vocab_size = tokens.load_tokenizer(data.decode(), entry.file).get_vocab_size()
+        vocab_size = tokens.load_tokenizer(text, entry.file).get_vocab_size()
         if vocab_size != entry.vocab_size:
             problems.append(
                 f"{MANIFEST_NAME}: says that the vocabulary has {entry.vocab_size} tokens, "
                 f"{entry.file} has {vocab_size}"
             )
-        return data.decode()
-    except (UserError, FormatError, UnicodeDecodeError) as error:
+        return text
+    except (UserError, FormatError) as error:
         problems.append(str(error))
         return None
 
