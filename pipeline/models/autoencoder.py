@@ -103,7 +103,7 @@ class Autoencoder(nn.Module):
 
     At large latents the convolutions take long to learn what a linear map has at once. On CIFAR-10
     at latent 256, after 2 minutes, the test error was .0035 without the linear branch, and .0025
-    with it; PCA has .0023, which the two together fall below.
+    with it. PCA has .0023; with the branch, 12 minutes gave .0021.
 
     The variational one is that of Kingma and Welling (2013, arXiv:1312.6114), its KL term weighed
     as in the beta-VAE (Higgins et al., 2017).
