@@ -869,7 +869,7 @@ FIELDS: dict[str, tuple[tuple[str | int, ...], object]] = {
     "a tokenizer's file of a number": (("tokenizer", "file"), 5),
     "skips of a list": (("skips",), [1]),
     "fewer than no skips": (("skips", "corrupt"), -1),
-    "another version": (("version",), 2),
+    "another version": (("version",), 3),
     "a version of a list": (("version",), [1]),
     "another format": (("format",), "pickle"),
     "a secret": (("kind",), "https://user:hunter22@example.org/"),
