@@ -186,8 +186,13 @@ def is_sharded() -> bool:
     return os.environ.get(_SWITCH, "false").lower() == "true"
 
 
-def check_launcher(precision: str) -> None:
-    """Raises `UserError` when the launcher asks for what sharding here does not do."""
+def check_launcher(precision: str, *, decodes: bool = False) -> None:
+    """Raises `UserError` when the launcher asks for what sharding here does not do.
+
+    Args:
+        decodes: whether training reads the model out, which takes a number of passes that differs
+            from rank to rank, and each pass of a sharded model needs all of them.
+    """
     if not is_sharded():
         return
     for name, only in _ONLY.items():
@@ -202,6 +207,11 @@ def check_launcher(precision: str) -> None:
         raise UserError(
             "optim.precision = fp16: gradients of a sharded model are not scaled; take bf16, "
             "or distributed_type: MULTI_GPU in the launcher's configuration file"
+        )
+    if decodes:
+        raise UserError(
+            "model.risk_weight: a sharded model cannot decode while it trains; take "
+            "distributed_type: MULTI_GPU in the launcher's configuration file"
         )
 
 

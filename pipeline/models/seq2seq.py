@@ -29,8 +29,8 @@ class Seq2SeqConfig:
     name: Literal["seq2seq"] = "seq2seq"
     """Chooses this model."""
     encoder: Literal["cnn", "resnet18", "resnet50", "efficientnet_b0"] = "cnn"
-    """What sees the image: cnn, a small network of `model.channels`; or a torchvision model, whose
-    weights run.init names."""
+    """What sees the image: cnn, a small network of `model.channels`; or a torchvision model, to
+    fine-tune from the weights that run.init names."""
     channels: tuple[int, ...] = (24, 48, 96, 128)
     """Output channels of the cnn encoder's convolutions; each halves height and width."""
     decoder: Literal["lstm", "gru", "transformer"] = "lstm"
