@@ -81,14 +81,12 @@ def find_candidates(
         for one in (code, *others, *[code] * (beam_size - len(others))):
             rows.append(torch.tensor([BOS, *one, EOS]))
             edits.append(float(Levenshtein.distance(code, one)))
-    token_BJT = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-    shape = len(codes), 1 + beam_size
+    token_MT = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    found_BJ = torch.arange(1 + beam_size) < torch.tensor(numbers)[:, None]
     return Candidates(
-        token_BJT=token_BJT.unflatten(0, shape).to(image_BCHW.device),
-        edits_BJ=torch.tensor(edits).unflatten(0, shape).to(image_BCHW),
-        found_BJ=(torch.arange(1 + beam_size) < torch.tensor(numbers)[:, None]).to(
-            image_BCHW.device
-        ),
+        token_BJT=token_MT.view(*found_BJ.shape, -1).to(image_BCHW.device),
+        edits_BJ=torch.tensor(edits).view(found_BJ.shape).to(image_BCHW),
+        found_BJ=found_BJ.to(image_BCHW.device),
     )
 
 

@@ -111,11 +111,11 @@ class Sharded:
         self._root = root
         self.model = model
         self.accelerator = accelerator
-        # Of an LSTM: cuDNN wants its weights in one piece, and they are gathered one by one. Its
-        # output is a view, as what an autoencoder gives for its loss is (a crop, a half), which is
+        # Of an LSTM or GRU: cuDNN wants its weights in one piece, and they are gathered one by one.
+        # And decoders return views, as an autoencoder does for its loss (a crop, a half), which is
         # harmless as long as nothing is done to them in place.
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous")
-        view = r"FSDP2-wrapped module \((FSDPLSTM|FSDPAutoencoder)\) returned a view"
+        view = r"FSDP2-wrapped module \(FSDP(LSTM|GRU|Layers|Autoencoder)\) returned a view"
         warnings.filterwarnings("ignore", view)
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:

@@ -12,7 +12,7 @@ of a head, U value features of a head, P position features, L latent, D hidden.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,8 @@ class Seq2SeqConfig:
     """Share of embedding and hidden features dropped in training, in [0,1)."""
     latent_dropout: float = 0.5
     """Share of the image summary dropped in training, in [0,1): what is left to find by attention
-    generalises, what is read off the summary is learnt sooner and by heart."""
+    generalises, what is read off the summary is learnt sooner and by heart. With a vector memory
+    there is nothing else: take 0.1, say."""
     max_tokens: int = 256
     """The longest code that decoding writes, `<bos>` and `<eos>` not counted."""
     label_smoothing: float = 0.0
@@ -291,13 +292,11 @@ def merge_heads(feature_BATU: Tensor) -> Tensor:
     return feature_BATU.transpose(1, 2).flatten(2)
 
 
-_Rows = TypeVar("_Rows", bound="Tensor | tuple[Any, ...]")
-
-
-def _repeat_rows(rows: _Rows, times: int) -> _Rows:
-    """Every row of every tensor `times` times in succession."""
+def _repeat_rows(rows: Any, times: int) -> Any:
+    """Of a tensor, or a tuple of such things: every row `times` times in succession."""
     if isinstance(rows, Tensor):
-        return rows.repeat_interleave(times, dim=0)
+        # Not `repeat_interleave`, whose gradient on CUDA adds in any order.
+        return rows[:, None].expand(-1, times, *rows.shape[1:]).flatten(0, 1)
     repeated = [_repeat_rows(one, times) for one in rows]
     # A NamedTuple takes its fields one by one.
     return type(rows)(*repeated) if hasattr(rows, "_fields") else type(rows)(repeated)

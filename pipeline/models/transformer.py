@@ -58,7 +58,7 @@ class TransformerSeq2Seq(Seq2Seq):
         )
         self.embedding = nn.Embedding(vocab_size, config.embed_dim)
         self.enter = nn.Linear(config.embed_dim + config.latent_dim, config.hidden_dim)
-        self.transformer = _Layers(config)
+        self.transformer = Layers(config)
         self.head = nn.Linear(config.hidden_dim, vocab_size)
 
     def _start(self, latent_BL: Tensor) -> State:
@@ -79,12 +79,12 @@ class TransformerSeq2Seq(Seq2Seq):
         return Decoded(self.head(hidden_BTD), state, query_BATK)
 
 
-class _Layers(nn.Module):
+class Layers(nn.Module):
     """All layers, as one module: what is sharded together is gathered together."""
 
     def __init__(self, config: Seq2SeqConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_dim)
 
     def forward(
@@ -102,7 +102,7 @@ class _Layers(nn.Module):
         return self.norm(hidden_BTD), tuple(pasts), query_BATK
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
     def __init__(self, config: Seq2SeqConfig) -> None:
         super().__init__()
         size = config.hidden_dim

@@ -11,8 +11,8 @@ from torch import Tensor
 from pipeline import checkpoint
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-SAMPLING = {"sampling_share": 0.5, "sampling_start": 0.0, "sampling_end": 0.5, "num_layers": 2}
-RISK = {"risk_weight": 0.5, "risk_beam": 2, "label_smoothing": 0.1, "decoder": "gru"}
+SAMPLING = {"sampling_share": 0.5, "sampling_start": 0.0, "sampling_end": 0.5, "max_tokens": 120}
+RISK = {"risk_weight": 0.5, "risk_beam": 2, "label_smoothing": 0.1}
 OPTIM = {"precision": "fp64", "ema_decay": 0.5, "schedule": "onecycle", "warmup_steps": 2}
 
 
@@ -46,7 +46,7 @@ def test_sampling_smoothing_and_risk_do_not_depend_on_the_number_of_ranks(
     start: Callable[..., Any], make_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = make_config("run", model={**SAMPLING, **RISK}, optim=OPTIM)
-    words = ["--config", config, "--run.steps", 4, "--validate.every_steps", 4]
+    words = ["--config", config, "--run.steps", 2]
     for world_size in (1, 2):
         run = tmp_path / str(world_size)
         start("pipeline.train", *words, "--run.dir", run, world_size=world_size).succeed()
@@ -57,8 +57,9 @@ def test_sampling_and_averages_of_a_sharded_transformer(
     start: Callable[..., Any], make_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     """On one rank, against two of DDP that stop and go on as three of FSDP2."""
-    config = make_config("run", model={**SAMPLING, "decoder": "transformer"}, optim=OPTIM)
-    words = ["--config", config, "--run.steps", 8, "--validate.every_steps", 8]
+    model = {**SAMPLING, "decoder": "transformer", "num_layers": 2}
+    config = make_config("run", model=model, optim=OPTIM)
+    words = ["--config", config, "--run.steps", 6]
     start("pipeline.train", *words, "--run.dir", tmp_path / "1", world_size=1).succeed()
     words += ["--run.dir", tmp_path / "changing"]
     start("tests.distributed.stop_at", 4, *words, world_size=2).succeed()
@@ -71,8 +72,9 @@ def test_sampling_and_averages_of_a_sharded_transformer(
 def test_a_sharded_gru_warns_of_nothing(
     start: Callable[..., Any], make_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = make_config("run", model={"decoder": "gru", "memory": "vector"})
-    words = ["--config", config, "--run.steps", 2, "--run.dir", tmp_path / "run"]
+    model = {"decoder": "gru", "memory": "vector", "max_tokens": 120}
+    words = ["--config", make_config("run", model=model), "--run.steps", 1]
+    words += ["--run.dir", tmp_path / "run"]
     job = start("pipeline.train", *words, world_size=2, environment=FSDP2)
     job.succeed()
     assert "Warning" not in job.output()
