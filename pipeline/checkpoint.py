@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from pipeline import dcp
 from pipeline.config import CONFIG_NAME, read_toml
 from pipeline.dcp import Chunk, WrittenFile
+from pipeline.ema import Ema
 from pipeline.optim import state_to_come
 from pipeline.ranks import Ranks
 from pipeline.state import TrainState
@@ -324,10 +325,14 @@ def remove(checkpoint: str) -> None:
 
 
 def tensors_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, *, to_come: bool = False
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None = None,
+    *,
+    to_come: bool = False,
 ) -> dict[str, Tensor]:
-    """`model/NAME` and `optimizer/PARAMETER/NAME`. Hyperparameters are not state: they follow
-    from the configuration and the step.
+    """`model/NAME`, `optimizer/PARAMETER/NAME` and, of averaged weights, `ema/PARAMETER`.
+    Hyperparameters are not state: they follow from the configuration and the step.
 
     With `to_come`, an optimizer that has made no step yet counts as if it had; of what it will
     keep the shapes are right, not the values.
@@ -339,13 +344,19 @@ def tensors_of(
             state = state or state_to_come(optimizer, parameter)
         for entry, value in state.items():
             tensors[f"optimizer/{name}/{entry}"] = value
-    return tensors
+    return tensors | _averages(ema)
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+def restore(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    ema: Ema | None = None,
+) -> None:
     """The inverse of saving `tensors_of`, in place, whatever processes saved it.
 
-    Every rank reads what it needs of the local `folder`, and nothing more.
+    Every rank reads what it needs of the local `folder`, and nothing more. Without an optimizer the
+    model is to be used: where the checkpoint has averaged weights, it takes these.
 
     Raises:
         UserError: names or shapes are not the model's.
@@ -358,7 +369,14 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | N
         raise UserError(
             f"the checkpoint has tensors that the model lacks: {', '.join(sorted(extra))}"
         )
-    if optimizer is not None:
+    if optimizer is None:
+        averaged = {name: name.replace("model/", "ema/", 1) for name in targets}
+        targets = {
+            averaged[name] if averaged[name] in saved else name: tensor
+            for name, tensor in targets.items()
+        }
+    else:
+        targets |= _averages(ema)
         for name, parameter in model.named_parameters():
             prefix = f"optimizer/{name}/"
             state = {
@@ -381,6 +399,10 @@ def load_tensors(checkpoint: str) -> dict[str, Tensor]:
         }
         dcp.load(tensors, files)
     return tensors
+
+
+def _averages(ema: Ema | None) -> dict[str, Tensor]:
+    return {f"ema/{name}": tensor for name, tensor in ema.average.items()} if ema else {}
 
 
 def _empty_state(parameter: nn.Parameter, size: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -41,8 +41,9 @@ class RunConfig:
     resume: str = "auto"
     """auto: newest checkpoint that verifies; never: refuse a folder with any; or a PATH"""
     init: str = ""
-    """initial weights: an export's folder or its model.safetensors, or a state dict of torchvision
-    (.safetensors, or .pth read with weights_only=True); used when the run has no checkpoint"""
+    """initial weights: torchvision, for its own of model.encoder; an export's folder or its
+    model.safetensors; or a state dict of torchvision (.safetensors, or .pth read with
+    weights_only=True); used when the run has no checkpoint"""
     max_time_s: float = 0.0
     """seconds after which to finish the step, save and stop; 0: no limit"""
     deterministic: bool = False
@@ -132,18 +133,22 @@ class OptimConfig:
     """adamw, or sgd with momentum 0.9"""
     lr: float = 1e-3
     """peak learning rate"""
-    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
-    """after the warm-up: stay; decay to 0 at the last step; or stay, then decay (wsd)"""
+    schedule: Literal["constant", "cosine", "linear", "wsd", "onecycle"] = "cosine"
+    """after the warm-up: stay; decay to 0 at the last step; or stay, then decay (wsd); onecycle: up
+    from lr / 25 and down to nearly 0 along cosines"""
     decay_steps: int = 0
     """wsd: steps of linear decay to 0 at the end"""
     beta2: float = 0.999
     """adamw: decay of the running mean of squared gradients, in [0, 1)"""
     warmup_steps: int = 0
-    """steps of linear warm-up from 0"""
+    """steps of linear warm-up from 0; onecycle needs them: three tenths of the run are usual"""
     weight_decay: float = 0.01
     """decoupled weight decay (adamw), on matrices and kernels only"""
     clip_norm: float = 1.0
     """largest norm of the gradient; 0: no clipping"""
+    ema_decay: float = 0.0
+    """exponential moving average of the weights, in [0, 1): what it keeps of itself in a step, as
+    0.999; it is then what is validated, exported and used to predict; 0: none"""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """bf16, fp16: autocast; fp64: everything, for proofs"""
 
@@ -154,8 +159,11 @@ class OptimConfig:
             raise ValueError("optim.decay_steps: belongs to optim.schedule = wsd, which needs it")
         _at_least("optim.warmup_steps", self.warmup_steps, 0)
         _at_least("optim.decay_steps", self.decay_steps, 0)
-        if not 0 <= self.beta2 < 1:
-            raise ValueError(f"optim.beta2 = {self.beta2}: must be in [0, 1)")
+        if self.schedule == "onecycle" and not self.warmup_steps:
+            raise ValueError("optim.schedule = onecycle: needs optim.warmup_steps above 0")
+        for key in ("beta2", "ema_decay"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"optim.{key} = {getattr(self, key)}: must be in [0, 1)")
         _at_least("optim.weight_decay", self.weight_decay, 0)
         _at_least("optim.clip_norm", self.clip_norm, 0)
 

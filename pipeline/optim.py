@@ -11,9 +11,11 @@ from pipeline.config import OptimConfig
 def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
     """Linear warm-up to `config.lr`, then the schedule; a decay reaches 0 after the last step.
 
-    `wsd` is warm-up, stable, decay (Hu et al., 2024, arXiv:2404.06395).
+    `wsd` is warm-up, stable, decay (Hu et al., 2024, arXiv:2404.06395). `onecycle` warms up and
+    decays along cosines, from lr / 25 to lr and down to lr / 250000 in the last step (Smith and
+    Topin, 2017, arXiv:1708.07120), as torch's `OneCycleLR` does, momentum left alone.
     """
-    if step < config.warmup_steps:
+    if step < config.warmup_steps and config.schedule != "onecycle":
         return config.lr * (step + 1) / config.warmup_steps
     left = 1 - (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     match config.schedule:
@@ -25,6 +27,26 @@ def learning_rate(step: int, config: OptimConfig, total_steps: int) -> float:
             return config.lr * 0.5 * (1 - math.cos(math.pi * left))
         case "wsd":
             return config.lr * min(1.0, (total_steps - step) / max(1, config.decay_steps))
+        case "onecycle":
+            return config.lr * _one_cycle(step, config.warmup_steps - 1, total_steps - 1)
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, step: int, config: OptimConfig, total_steps: int
+) -> float:
+    """Gives the optimizer the `learning_rate` of a step, and returns it."""
+    rate = learning_rate(step, config, total_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def _one_cycle(step: int, peak: int, last: int) -> float:
+    """A share of the largest rate: it is reached at step `peak`, the smallest at `last`."""
+    begin, end, done = 1 / 25, 1.0, step / max(1, peak)
+    if step > peak:
+        begin, end, done = 1.0, 1 / 25e4, (step - peak) / max(1, last - peak)
+    return end + (begin - end) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

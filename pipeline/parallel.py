@@ -111,11 +111,11 @@ class Sharded:
         self._root = root
         self.model = model
         self.accelerator = accelerator
-        # Of an LSTM: cuDNN wants its weights in one piece, and they are gathered one by one. Its
-        # output is a view, as what an autoencoder gives for its loss is (a crop, a half), which is
+        # Of an LSTM or GRU: cuDNN wants its weights in one piece, and they are gathered one by one.
+        # And decoders return views, as an autoencoder does for its loss (a crop, a half), which is
         # harmless as long as nothing is done to them in place.
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous")
-        view = r"FSDP2-wrapped module \((FSDPLSTM|FSDPAutoencoder)\) returned a view"
+        view = r"FSDP2-wrapped module \(FSDP(LSTM|GRU|Layers|Autoencoder)\) returned a view"
         warnings.filterwarnings("ignore", view)
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
@@ -186,8 +186,13 @@ def is_sharded() -> bool:
     return os.environ.get(_SWITCH, "false").lower() == "true"
 
 
-def check_launcher(precision: str) -> None:
-    """Raises `UserError` when the launcher asks for what sharding here does not do."""
+def check_launcher(precision: str, *, decodes: bool = False) -> None:
+    """Raises `UserError` when the launcher asks for what sharding here does not do.
+
+    Args:
+        decodes: whether training reads the model out, which takes a number of passes that differs
+            from rank to rank, and each pass of a sharded model needs all of them.
+    """
     if not is_sharded():
         return
     for name, only in _ONLY.items():
@@ -202,6 +207,11 @@ def check_launcher(precision: str) -> None:
         raise UserError(
             "optim.precision = fp16: gradients of a sharded model are not scaled; take bf16, "
             "or distributed_type: MULTI_GPU in the launcher's configuration file"
+        )
+    if decodes:
+        raise UserError(
+            "model.risk_weight: a sharded model cannot decode while it trains; take "
+            "distributed_type: MULTI_GPU in the launcher's configuration file"
         )
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from pipeline import checkpoint
 from pipeline.config import Config, config_of, differences, to_dict
 from pipeline.datasets import Datasets
+from pipeline.ema import Ema
 from pipeline.ranks import Ranks, said_once
 from pipeline.runlog import RunLog
 from pipeline.saver import clear_scratch, scratch_of
@@ -115,8 +116,9 @@ def restore_newest(
     log: RunLog,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    ema: Ema | None = None,
 ) -> tuple[TrainState, set[int]]:
-    """Puts model and optimizer where the run goes on from.
+    """Puts model, optimizer and averages where the run goes on from.
 
     That is the first of `found` that verifies: others are passed over aloud. Without any, a new
     state, and everything as it is.
@@ -133,7 +135,7 @@ def restore_newest(
             if folder is not None:
                 with together(ranks):
                     state = checkpoint.Meta.read(str(folder)).state
-                    checkpoint.restore(folder, model, optimizer)
+                    checkpoint.restore(folder, model, optimizer, ema)
                 log.say(f"resumed from {checkpoint.name_of(candidate)}")
                 return state, damaged
         damaged.add(checkpoint.step_of(candidate))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.metrics import is_better
 from pipeline.order import DIGEST_START
 
 
@@ -24,3 +25,15 @@ class TrainState:
     """validations since the best one"""
     loss_scale: dict[str, Any] = field(default_factory=dict)
     """fp16: state of the gradient scaler, numbers only"""
+
+    def judge(self, metric: str, value: float) -> bool:
+        """Takes note of a validation after this step; whether it is the best so far.
+
+        Of equals the later is the better one: it has seen more. But patience counts it as none.
+        """
+        better = is_better(metric, value, self.best_metric)
+        self.stale_validations = 0 if better else self.stale_validations + 1
+        if better or value == self.best_metric:
+            self.best_metric, self.best_step = value, self.step
+            return True
+        return False

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pipeline import exposure
 from pipeline.batch import Batch
 from pipeline.decode import Decoding
 from pipeline.grammar import TokenGrammar
 from pipeline.metrics import CODE_COLUMNS, code_metrics, code_sums, psnr
-from pipeline.models import Autoencoder, AutoencoderConfig, ModelConfig, Seq2Seq
+from pipeline.models import Autoencoder, AutoencoderConfig, ModelConfig, Seq2Seq, Seq2SeqConfig
 from pipeline.models.autoencoder import Output
 from pipeline.ssim import ssim
 from shards.format import BOS, EOS, PAD
@@ -32,16 +33,27 @@ class Task(Protocol):
     """the metric that says which checkpoint is best, unless validate.metric names another"""
     columns: tuple[str, ...]
     """names of what `metric_sums` gives"""
+    decodes: bool
+    """whether `loss_sum` reads the model out, in a number of passes that the batch decides"""
 
     def weight(self, batch: Batch) -> int:
         """What the loss sum of a batch on the CPU is divided by: valid tokens, or values."""
 
     def loss_sum(
-        self, model: nn.Module, batch: Batch, *, progress: float = 1.0, shift_px: int = 0
+        self,
+        model: nn.Module,
+        batch: Batch,
+        *,
+        bare: nn.Module | None = None,
+        progress: float = 1.0,
+        shift_px: int = 0,
     ) -> Tensor:
-        """Scalar sum of the loss over the batch's valid samples, on the batch's device.
+        """Scalar sum of the training loss over the batch's valid samples, on the batch's device.
 
-        `progress` is the share of the run's steps that is done, in [0, 1].
+        Args:
+            model: as training calls it; its forward pass runs once.
+            bare: the same one without what wraps it, for what needs no gradient; default: `model`.
+            progress: the share of the run's steps that is done, in [0, 1].
         """
 
     def metric_sums(self, model: nn.Module, batch: Batch) -> list[float]:
@@ -57,7 +69,7 @@ def build_task(
     """The task of a model's configuration; codes are decoded greedily unless `decoding` says."""
     if isinstance(config, AutoencoderConfig):
         return AutoencoderTask(config, dtype)
-    return Seq2SeqTask(config.max_tokens, dtype, decoding or Decoding())
+    return Seq2SeqTask(config, dtype, decoding or Decoding())
 
 
 def prepare_images(batch: Batch, dtype: torch.dtype, shift_px: int = 0) -> Tensor:
@@ -89,19 +101,21 @@ def as_floats(image_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Seq2SeqTask:
-    """Image to code: token-wise cross-entropy under teacher forcing, padding left out."""
+    """Image to code: token-wise cross-entropy, padding left out. Training adds what `config` asks
+    for: label smoothing, scheduled sampling, minimum risk."""
 
     metric = "exact_match"
     columns: tuple[str, ...] = ("samples", "tokens", "loss_sum", "correct_tokens", *CODE_COLUMNS)
 
     def __init__(
         self,
-        max_tokens: int,
+        config: Seq2SeqConfig,
         dtype: torch.dtype = torch.float32,
         decoding: Decoding = Decoding(),  # noqa: B008  frozen
     ) -> None:
-        self.max_tokens = max_tokens
+        self.config = config
         self.dtype = dtype
+        self.decodes = config.risk_weight > 0
         self.decoding = decoding
         if decoding.grammar is not None:
             self.columns = (*self.columns, *_grammar_sums([], [], decoding.grammar))
@@ -110,17 +124,44 @@ class Seq2SeqTask:
         return int((batch.token_BT[:, 1:] != PAD).sum())
 
     def loss_sum(
-        self, model: nn.Module, batch: Batch, *, progress: float = 1.0, shift_px: int = 0
+        self,
+        model: nn.Module,
+        batch: Batch,
+        *,
+        bare: nn.Module | None = None,
+        progress: float = 1.0,
+        shift_px: int = 0,
     ) -> Tensor:
-        logits_BTV = model(prepare_images(batch, self.dtype, shift_px), batch.token_BT[:, :-1])
-        return self._cross_entropy(logits_BTV, batch.token_BT[:, 1:])
+        config, bare = self.config, bare or model
+        image_BCHW = prepare_images(batch, self.dtype, shift_px)
+        input_BT, target_BT = batch.token_BT[:, :-1], batch.token_BT[:, 1:]
+        share = exposure.sampling_share(config, progress)
+        if share:
+            input_BT = exposure.sample_inputs(bare, image_BCHW, input_BT, share)
+        if not config.risk_weight:
+            logits_BTV = model(image_BCHW, input_BT)
+            return self._cross_entropy(logits_BTV, target_BT, config.label_smoothing)
+        codes = references(batch)
+        found = exposure.find_candidates(bare, image_BCHW, codes, config.risk_beam)
+        # One forward pass for both losses: a row for cross-entropy, then the candidates.
+        token_BJT = found.token_BJT[:, :, :-1]
+        padding = token_BJT.shape[2] - input_BT.shape[1]
+        padded_BT = functional.pad(input_BT, (0, padding), value=PAD)
+        token_MT = torch.cat([padded_BT[:, None], token_BJT], dim=1).flatten(0, 1)
+        logits_MTV = _at_least_float32(model(image_BCHW, token_MT))
+        logits_BJTV = logits_MTV.view(len(codes), -1, *logits_MTV.shape[1:])
+        logits_BTV = logits_BJTV[:, 0, : input_BT.shape[1]]
+        edits_B = exposure.expected_edits(logits_BJTV[:, 1:], found, config.risk_alpha)
+        risk = (edits_B * batch.weight_B).sum()
+        cross_entropy = self._cross_entropy(logits_BTV, target_BT, config.label_smoothing)
+        return cross_entropy + config.risk_weight * risk
 
     def metric_sums(self, model: nn.Module, batch: Batch) -> list[float]:
         assert isinstance(model, Seq2Seq)
         image_BCHW = prepare_images(batch, self.dtype)
         target_BT = batch.token_BT[:, 1:]
         logits_BTV = model(image_BCHW, batch.token_BT[:, :-1])
-        predicted = self.decoding.codes(model, image_BCHW, self.max_tokens)
+        predicted = self.decoding.codes(model, image_BCHW, self.config.max_tokens)
         reference, grammar = references(batch), self.decoding.grammar
         return [
             float(batch.weight_B.sum()),
@@ -143,13 +184,13 @@ class Seq2SeqTask:
         }
 
     @staticmethod
-    def _cross_entropy(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
-        # float32 at least: in half precision a sum over a batch's tokens loses digits.
-        logits_NV = logits_BTV.flatten(0, 1)
-        if logits_NV.dtype != torch.float64:
-            logits_NV = logits_NV.float()
+    def _cross_entropy(logits_BTV: Tensor, target_BT: Tensor, smoothing: float = 0.0) -> Tensor:
         return functional.cross_entropy(
-            logits_NV, target_BT.flatten(), ignore_index=PAD, reduction="sum"
+            _at_least_float32(logits_BTV.flatten(0, 1)),
+            target_BT.flatten(),
+            ignore_index=PAD,
+            reduction="sum",
+            label_smoothing=smoothing,
         )
 
 
@@ -168,6 +209,7 @@ class AutoencoderTask:
     """
 
     metric = "mse"
+    decodes = False
     columns: tuple[str, ...] = (
         "samples", "values", "error_sum", "kl_sum", "squared_error", "psnr_sum", "ssim_sum",
     )  # fmt: skip
@@ -180,7 +222,13 @@ class AutoencoderTask:
         return int(batch.weight_B.sum()) * batch.image_BCHW[0].numel()
 
     def loss_sum(
-        self, model: nn.Module, batch: Batch, *, progress: float = 1.0, shift_px: int = 0
+        self,
+        model: nn.Module,
+        batch: Batch,
+        *,
+        bare: nn.Module | None = None,
+        progress: float = 1.0,
+        shift_px: int = 0,
     ) -> Tensor:
         image_BCHW = prepare_images(batch, self.dtype, shift_px)
         output: Output = model(image_BCHW, for_loss=True)
@@ -280,6 +328,11 @@ def _grammar_sums(
         same = sum(grammar.skeleton(one) == grammar.skeleton(other) for one, other in pairs)
         sums["skeleton_match"] = float(same)
     return sums
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    """In half precision a sum over a batch's tokens loses digits."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def references(batch: Batch) -> list[list[int]]:

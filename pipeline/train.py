@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import __version__, build, checkpoint, resume
 from pipeline.batch import Batch
 from pipeline.config import Config, add_config_flags, config_from, parse_flags, to_dict
 from pipeline.datasets import Datasets
-from pipeline.metrics import is_better
-from pipeline.optim import build_optimizer, learning_rate
+from pipeline.ema import Ema
+from pipeline.optim import build_optimizer, set_learning_rate
 from pipeline.order import Order, fold_digest
 from pipeline.parallel import Parallel, Sharded, check_launcher, share_model
 from pipeline.ranks import Ranks, said_once
@@ -42,7 +42,7 @@ from pipeline.stop import EXIT_REQUEUE, StopRequest
 from pipeline.stream import BatchDataset, TrainPlans, grouped, make_loader
 from pipeline.tasks import Task, build_task
 from pipeline.validate import BadSamplesError, evaluate
-from pipeline.warm_start import warm_start
+from pipeline.warm_start import begin_from
 from shards import storage
 
 
@@ -65,6 +65,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     """the bare optimizer; `wrapped_optimizer` scales gradients in fp16"""
     wrapped_optimizer: Any
+    ema: Ema
     state: TrainState
     log: RunLog
     stop: StopRequest
@@ -121,7 +122,7 @@ def setup(config: Config, stop: StopRequest) -> Run:
         model = build.new_model(config, data)
         task = build_task(config.model, build.dtype_of(config), build.decoding_of(config, data))
         build.check_metric(config, task)
-        check_launcher(config.optim.precision)
+        check_launcher(config.optim.precision, decodes=task.decodes)
 
     accelerator = build.new_accelerator(config)
     ranks, saver_ranks = Ranks.of_run(), Ranks.of_run(GROUP_TIMEOUT)
@@ -129,29 +130,28 @@ def setup(config: Config, stop: StopRequest) -> Run:
     lock = resume.lock_run(config, ranks, log)
     found = resume.find(config, data, ranks)
     if config.run.init and not found:
-        with said_once():
-            log.say(warm_start(model, config.run.init).line)
+        log.say(begin_from(config.run.init, config.model, model, ranks).line)
     parallel = share_model(model, accelerator)
     optimizer = build_optimizer(model, config.optim)
     wrapped, wrapped_optimizer = parallel.prepare(optimizer)
-    state, damaged = resume.restore_newest(found, config, ranks, log, model, optimizer)
+    ema = Ema(model, config.optim.ema_decay)
+    state, damaged = resume.restore_newest(found, config, ranks, log, model, optimizer, ema)
     if accelerator.scaler is not None and state.loss_scale:
         accelerator.scaler.load_state_dict(state.loss_scale)
-    room = checkpoint.tensors_of(model, optimizer, to_come=True)
+    room = checkpoint.tensors_of(model, optimizer, ema, to_come=True)
     saver = Saver(config, saver_ranks, log, stop, damaged, room)
     total_steps = config.run.steps or config.run.epochs * order.steps_per_epoch
     run = Run(
         config=config, data_digest=data.data_digest, order=order, total_steps=total_steps,
         train_data=train_data, val_data=val_data, accelerator=accelerator, ranks=ranks, task=task,
         model=model, wrapped=wrapped, optimizer=optimizer, wrapped_optimizer=wrapped_optimizer,
-        state=state, log=log, stop=stop, saver=saver, lock=lock, parallel=parallel,
+        ema=ema, state=state, log=log, stop=stop, saver=saver, lock=lock, parallel=parallel,
     )  # fmt: skip
     log.start(config, state)
     log.say(
         f"{config.model.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
         f", {ranks.world_size} x {accelerator.device.type}{parallel.label}; "
-        f"{order.summary}; "
-        f"steps {state.step} to {total_steps}"
+        f"{order.summary}; steps {state.step} to {total_steps}"
     )
     return run
 
@@ -202,19 +202,14 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float) -> bool:
         # Dropout depends on the microbatch, never on the process that computes it.
         torch.manual_seed(torch_seed(config.run.seed, "dropout", state.step, batch.micro))
         with sync:
-            micro_loss_sum = run.task.loss_sum(
-                run.wrapped, batch.to(accelerator.device),
-                progress=state.step / run.total_steps, shift_px=config.data.shift_px,
-            )  # fmt: skip
+            micro_loss_sum = loss_of(run, batch)
             # Gradients are averaged over ranks: times W, the average is the sum.
             accelerator.backward(micro_loss_sum * (share * run.ranks.world_size / max(weight, 1)))
         if share:
             loss_sum += micro_loss_sum.detach()
     clip_norm = config.optim.clip_norm or math.inf
     grad_norm = run.parallel.clip_grad_norm(clip_norm)
-    lr = learning_rate(state.step, config.optim, run.total_steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
+    lr = set_learning_rate(run.optimizer, state.step, config.optim, run.total_steps)
     finite = bool(torch.isfinite(grad_norm))
     if finite or accelerator.scaler is not None:  # fp16's scaler must see overflows itself
         run.wrapped_optimizer.step()
@@ -222,6 +217,8 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float) -> bool:
 
     state.step += 1
     state.skipped_steps += int(not finite)
+    if finite:
+        run.ema.update(state.step - state.skipped_steps)
     state.order_digest = fold_digest(state.order_digest, order_hash)
     run.log.count(run.order.global_size, wait_s)
     if state.step % config.run.log_every_steps == 0 or state.step == run.total_steps:
@@ -235,14 +232,23 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float) -> bool:
     return stopping > 0
 
 
+def loss_of(run: Run, batch: Batch) -> Tensor:
+    """The loss of a microbatch, on the device, to be divided by the weight of the step."""
+    return run.task.loss_sum(
+        run.wrapped, batch.to(run.accelerator.device), bare=run.model,
+        progress=run.state.step / run.total_steps, shift_px=run.config.data.shift_px,
+    )  # fmt: skip
+
+
 def validate(run: Run, data: BatchDataset) -> bool:
     """Logs all metrics of the validation split; True when they are the best so far."""
     state = run.state
     try:
-        metrics = evaluate(
-            run.parallel.whole_model(), run.task, data, run.ranks, run.accelerator,
-            batch_size=run.config.validate.batch_size, workers=run.config.data.workers,
-        )  # fmt: skip
+        with run.ema.applied():
+            metrics = evaluate(
+                run.parallel.whole_model(), run.task, data, run.ranks, run.accelerator,
+                batch_size=run.config.validate.batch_size, workers=run.config.data.workers,
+            )  # fmt: skip
     except BadSamplesError:
         save(run)  # what was trained is not lost
         with said_once():
@@ -250,13 +256,7 @@ def validate(run: Run, data: BatchDataset) -> bool:
     row = {"step": state.step, **run.order.epochs_after(state.step), "split": "val", **metrics}
     run.log.row(row, of=run.total_steps)
     metric = run.config.validate.metric or run.task.metric
-    better = is_better(metric, metrics[metric], state.best_metric)
-    state.stale_validations = 0 if better else state.stale_validations + 1
-    # Of equals the later is the better one: it has seen more.
-    if better or metrics[metric] == state.best_metric:
-        state.best_metric, state.best_step = metrics[metric], state.step
-        return True
-    return False
+    return state.judge(metric, metrics[metric])
 
 
 def has_converged(run: Run) -> bool:
@@ -276,7 +276,7 @@ def save(run: Run) -> None:
         state=run.state, config=to_dict(run.config), data_digest=run.data_digest,
         versions={"pixloom": __version__, "torch": str(torch.__version__)},
     )  # fmt: skip
-    run.saver.save(checkpoint.tensors_of(run.model, run.optimizer), meta)
+    run.saver.save(checkpoint.tensors_of(run.model, run.optimizer, run.ema), meta)
 
 
 def settle_buckets(run: Run) -> None:
@@ -291,8 +291,7 @@ def settle_buckets(run: Run) -> None:
         return
     micros = run.order.micros_of(run.ranks.rank, run.ranks.world_size)
     plans = TrainPlans(run.order, micros, run.state.step, run.state.step + 1)
-    batch = run.train_data[next(iter(plans))].to(run.accelerator.device)
-    run.accelerator.backward(run.task.loss_sum(run.wrapped, batch) * 0)
+    run.accelerator.backward(loss_of(run, run.train_data[next(iter(plans))]) * 0)
     run.wrapped_optimizer.zero_grad()
 
 

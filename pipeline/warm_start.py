@@ -1,9 +1,11 @@
-"""Initial weights from a file: those of a model exported before, or of one of torchvision's.
+"""Initial weights: those of a model exported before, or of one of torchvision's, from a file; or
+torchvision's own, by its own loader.
 
 Tensors that fit by name and shape are copied, the rest of the model stays as it was initialised.
 A file is only ever read as tensors: nothing in it is run.
 """
 
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.export import MODEL_NAME, read_export
+from pipeline.models import ModelConfig, Seq2SeqConfig
+from pipeline.ranks import Ranks, said_once
+from pipeline.resume import together
 from shards.storage import UserError
+
+TORCHVISION = "torchvision"
+"""of run.init: torchvision's default weights of the model's encoder"""
 
 _PREFIXES = ("", "encoder.")
 _SHOWN_NAMES = 3
@@ -23,9 +31,9 @@ _SHOWN_NAMES = 3
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What was taken from `path`: names of the model's tensors, and of the file's left out."""
+    """What was taken from `source`: names of the model's tensors, and of the file's left out."""
 
-    path: Path
+    source: str
     taken: tuple[str, ...]
     left_out: tuple[str, ...]
     num_of_model: int
@@ -35,13 +43,35 @@ class WarmStart:
         """The report: how many of how many tensors were taken, and what was left out."""
         found = len(self.taken) + len(self.left_out)
         line = (
-            f"initial weights: {len(self.taken)} of the {found} tensors of {self.path}, for "
+            f"initial weights: {len(self.taken)} of the {found} tensors of {self.source}, for "
             f"{len(self.taken)} of the model's {self.num_of_model}"
         )
         return f"{line}; left out: {_shown(self.left_out)}" if self.left_out else line
 
 
-@torch.no_grad()
+def begin_from(init: str, config: ModelConfig, model: nn.Module, ranks: Ranks) -> WarmStart:
+    """What run.init asks for: `warm_start` on every rank, which all call together.
+
+    Raises:
+        UserError: as `warm_start`; or torchvision's weights cannot be had.
+    """
+    if init != TORCHVISION:
+        with said_once():
+            return warm_start(model, init)
+    with said_once():
+        name = config.encoder if isinstance(config, Seq2SeqConfig) else "cnn"
+        if name == "cnn":
+            raise UserError(
+                "run.init = torchvision: this model has no encoder of torchvision's; set "
+                "model.encoder = resnet18, say"
+            )
+    with together(ranks):  # once a node: the others find it in the cache
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _download(name)
+    with said_once():
+        return _copy(*_download(name), model)
+
+
 def warm_start(model: nn.Module, path: str | Path) -> WarmStart:
     """Copies into `model`, in place, every tensor of the file that fits by name and shape.
 
@@ -61,7 +91,37 @@ def warm_start(model: nn.Module, path: str | Path) -> WarmStart:
     if path.is_dir():
         read_export(path)  # for its hashes
         path = path / MODEL_NAME
-    tensors = _read_tensors(path)
+    return _copy(str(path), _read_tensors(path), model)
+
+
+def _download(name: str) -> tuple[str, dict[str, Tensor]]:
+    """What torchvision calls its default weights of a model, and the weights.
+
+    They come from torch.hub's cache, and into it when they are not there.
+    """
+    # Imported where it is used: it takes a while, and other runs do without it.
+    from torchvision import models
+
+    weights = models.get_model_weights(name).DEFAULT
+    file = weights.url.rpartition("/")[2]
+    try:
+        # A file in the cache could be anyone's: it is read as tensors alone.
+        found = weights.get_state_dict(
+            progress=False, check_hash=True, weights_only=True, map_location="cpu"
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # of the network, the disk, or the file
+        raise UserError(
+            f"run.init = torchvision: {weights.url} cannot be had ({type(error).__name__}); where "
+            f"there is no network, set run.init to a copy of that file, or put it into "
+            f"{Path(torch.hub.get_dir()) / 'checkpoints' / file}"
+        ) from error
+    return f"torchvision's {weights}", _without_counters(found)
+
+
+@torch.no_grad()
+def _copy(source: str, tensors: Mapping[str, Tensor], model: nn.Module) -> WarmStart:
     own = model.state_dict()
     taken, left_out = [], []
     for name, tensor in tensors.items():
@@ -74,10 +134,10 @@ def warm_start(model: nn.Module, path: str | Path) -> WarmStart:
             taken.append(target)
     if not taken:
         raise UserError(
-            f"run.init: {path}: none of its {len(tensors)} tensors fits the model by name and "
+            f"run.init: {source}: none of its {len(tensors)} tensors fits the model by name and "
             f"shape (it has {_shown(list(tensors))}; the model {_shown(list(own))})"
         )
-    return WarmStart(path, tuple(taken), tuple(left_out), len(own))
+    return WarmStart(source, tuple(taken), tuple(left_out), len(own))
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -112,9 +172,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
     ):
         raise UserError(f"run.init: {path}: not a state dict of named tensors")
-    # A counter of BatchNorm's training, which no frozen one has.
+    return _without_counters(found)
+
+
+def _without_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Less a counter of BatchNorm's training, which no frozen one has."""
     return {
-        name: tensor for name, tensor in found.items() if not name.endswith(".num_batches_tracked")
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(".num_batches_tracked")
     }
 
 

@@ -5,14 +5,18 @@ A new model is a module with a config and a network, an entry in `ModelConfig`, 
 """
 
 from pipeline.models.autoencoder import Autoencoder, AutoencoderConfig
-from pipeline.models.seq2seq import Seq2Seq, Seq2SeqConfig
+from pipeline.models.recurrent import RecurrentSeq2Seq
+from pipeline.models.seq2seq import Memory, Seq2Seq, Seq2SeqConfig, State
+from pipeline.models.transformer import TransformerSeq2Seq
 
 __all__ = [
     "Autoencoder",
     "AutoencoderConfig",
+    "Memory",
     "ModelConfig",
     "Seq2Seq",
     "Seq2SeqConfig",
+    "State",
     "build_model",
 ]
 
@@ -40,6 +44,7 @@ def build_model(
                     "tokenizer: pack images with their code (`pack --kind pairs`), or set "
                     'model.name = "autoencoder"'
                 )
-            return Seq2Seq(config, image_channels, image_height, image_width, vocab_size)
+            kind = TransformerSeq2Seq if config.decoder == "transformer" else RecurrentSeq2Seq
+            return kind(config, image_channels, image_height, image_width, vocab_size)
         case AutoencoderConfig():
             return Autoencoder(config, image_channels, image_height, image_width)

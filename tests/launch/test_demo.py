@@ -13,7 +13,7 @@ from pipeline import checkpoint
 from pipeline.build import load_model, open_split
 from pipeline.config import config_of, read_toml
 from pipeline.datasets import Datasets
-from pipeline.models import Seq2Seq
+from pipeline.models import Seq2Seq, Seq2SeqConfig
 from pipeline.order import validation_batches
 from pipeline.stream import BatchPlan
 from pipeline.tasks import Seq2SeqTask
@@ -75,7 +75,7 @@ def test_the_decoder_looks(demo: tuple[Path, str]) -> None:
     decoder that ignores the image would not notice."""
     folder, _ = demo
     model, batch = model_and_batch(folder)
-    task = Seq2SeqTask(max_tokens=1)
+    task = Seq2SeqTask(Seq2SeqConfig())
     with torch.inference_mode():
         own = float(task.loss_sum(model, batch)) / task.weight(batch)
         turned = torch.roll(torch.arange(len(batch.keys)), random.randint(1, len(batch.keys) - 1))

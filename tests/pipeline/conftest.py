@@ -52,7 +52,7 @@ def train_on_cpu(folder: Path, data: Path, words: str) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train_small() -> Callable[[Path, Path, str], Path]:
     """Trains on a CPU in this process: (run folder, dataset, flags) -> run folder."""
     return train_on_cpu

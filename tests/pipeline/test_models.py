@@ -1,6 +1,7 @@
 """The networks and greedy decoding: shapes, independence of the batch, and that they learn."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,16 +23,32 @@ BACKBONES = [
     replace(SEQ2SEQ, encoder="resnet50"),
     replace(SEQ2SEQ, encoder="efficientnet_b0"),
 ]
+# Every decoder with either memory. What is the only way to know the image is dropped less.
+DECODERS = [
+    replace(SEQ2SEQ, decoder=decoder, memory=memory, num_layers=2, latent_dropout=latent_dropout)
+    for decoder in ("lstm", "gru", "transformer")
+    for memory, latent_dropout in (("spatial", 0.5), ("vector", 0.1))
+]
 AUTOENCODER = AutoencoderConfig(latent_dim=16, channels=(8, 16))
 VOCAB_SIZE = 11
 
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 70), st.integers(1, 70))
 
 
-def seq2seq(channels: int = 3, height: int = 32, width: int = 48, seed: int = 0) -> Seq2Seq:
+def name_of(config: Seq2SeqConfig) -> str:
+    return f"{config.decoder}-{config.memory}"
+
+
+def seq2seq(
+    channels: int = 3,
+    height: int = 32,
+    width: int = 48,
+    seed: int = 0,
+    config: Seq2SeqConfig = SEQ2SEQ,
+) -> Seq2Seq:
     torch.manual_seed(seed)
     model = build_model(
-        SEQ2SEQ,
+        config,
         image_channels=channels,
         image_height=height,
         image_width=width,
@@ -119,9 +136,10 @@ def test_channels_last_changes_the_layout_and_not_the_result() -> None:
     torch.testing.assert_close(model(last_BCHW, token_BT), expected_BTV, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", DECODERS, ids=name_of)
 @pytest.mark.parametrize("seed", range(4))
-def test_steps_equal_teacher_forcing(seed: int) -> None:
-    model, image_BCHW = decisive(seq2seq(seed=seed)), images(3)
+def test_steps_equal_teacher_forcing(config: Seq2SeqConfig, seed: int) -> None:
+    model, image_BCHW = decisive(seq2seq(seed=seed, config=config)), images(3)
     token_BT = torch.randint(0, VOCAB_SIZE, (3, 9))
     memory = model.encode(image_BCHW)
     state, steps = memory.start, []
@@ -129,7 +147,82 @@ def test_steps_equal_teacher_forcing(seed: int) -> None:
         logits_BV, state = model.step(token_B, state, memory)
         steps.append(logits_BV)
     expected_BTV = model(image_BCHW, token_BT)
-    torch.testing.assert_close(torch.stack(steps, dim=1), expected_BTV, rtol=1e-4, atol=1e-4)
+    assert expected_BTV.std() > 0.5
+    torch.testing.assert_close(torch.stack(steps, dim=1), expected_BTV, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("config", DECODERS, ids=name_of)
+def test_memory_and_state_are_selected_by_rows(config: Seq2SeqConfig) -> None:
+    """Dim 0 of every tensor is the batch, at the start and later: a beam keeps some rows."""
+    model, image_BCHW = seq2seq(config=config), images(4)
+    token_BT = torch.randint(0, VOCAB_SIZE, (4, 3))
+    kept = torch.tensor([3, 1, 1])
+
+    def rows(tensors: Any) -> Any:
+        if isinstance(tensors, Tensor):
+            assert len(tensors) == 4
+            return tensors[kept]
+        chosen = map(rows, tensors)
+        return type(tensors)(*chosen) if hasattr(tensors, "_fields") else tuple(chosen)
+
+    memory = model.encode(image_BCHW)
+    state = memory.start
+    for token_B in token_BT[:, :2].unbind(dim=1):
+        rows(state)
+        _, state = model.step(token_B, state, memory)
+    expected_BV, _ = model.step(token_BT[:, 2], state, memory)
+    found_BV, _ = model.step(token_BT[kept, 2], rows(state), rows(memory))
+    torch.testing.assert_close(found_BV, expected_BV[kept])
+
+
+@pytest.mark.parametrize("config", DECODERS, ids=name_of)
+def test_several_codes_of_an_image_are_as_if_it_were_there_several_times(
+    config: Seq2SeqConfig,
+) -> None:
+    model, image_BCHW = seq2seq(config=config), images(2)
+    token_MT = torch.randint(0, VOCAB_SIZE, (6, 5))
+    expected_MTV = model(image_BCHW.repeat_interleave(3, dim=0), token_MT)
+    torch.testing.assert_close(model(image_BCHW, token_MT), expected_MTV)
+
+
+@pytest.mark.parametrize("decoder", ["lstm", "gru", "transformer"])
+def test_attention_is_what_the_decoder_looks_at(decoder: Any) -> None:
+    """A distribution over the grid, and the one by which values are mixed."""
+    config = replace(SEQ2SEQ, decoder=decoder, num_layers=1, num_heads=2, hidden_dim=16)
+    model = decisive(seq2seq(config=config))
+    image_BCHW, token_BT = images(2), torch.randint(0, VOCAB_SIZE, (2, 5))
+    attention_BATN, grid_shape = model.attention(image_BCHW, token_BT)
+    assert grid_shape == (4, 6)
+    assert attention_BATN.shape == (2, 2, 5, 24)
+    torch.testing.assert_close(attention_BATN.sum(3), torch.ones(2, 2, 5))
+    assert attention_BATN.std() > 0.01
+    memory = model.encode(image_BCHW)
+    # The same at every cell, wherever one looks: for the first token, what its attention found.
+    seen_BA1U = attention_BATN[:, :, :1] @ memory.value_BANU
+    same_BANU = seen_BA1U.expand_as(memory.value_BANU)
+    expected_BV, _ = model.step(token_BT[:, 0], memory.start, memory)
+    found_BV, _ = model.step(token_BT[:, 0], memory.start, memory._replace(value_BANU=same_BANU))
+    torch.testing.assert_close(found_BV, expected_BV, rtol=1e-4, atol=1e-4)
+
+
+def test_a_vector_has_no_attention_to_show() -> None:
+    model = seq2seq(config=replace(SEQ2SEQ, memory="vector"))
+    with pytest.raises(ValueError, match="no attention to show"):
+        model.attention(images(1), torch.zeros(1, 2, dtype=torch.int64))
+
+
+def test_the_default_is_the_model_that_older_checkpoints_hold() -> None:
+    """Their names, in their order."""
+    layers = ("position", "key", "value", "summary", "start")
+    names = list(seq2seq().state_dict())
+    assert names == [
+        *(f"encoder.{3 * s + p}.{k}" for s in range(3)
+          for p, k in ((0, "weight"), (1, "weight"), (1, "bias"))),
+        *(f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")),
+        "embedding.weight",
+        *(f"lstm.{kind}_l0" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")),
+        *(f"{one}.{kind}" for one in ("query", "combine", "head") for kind in ("weight", "bias")),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -162,14 +255,15 @@ def test_greedy_stops_at_eos_and_at_max_tokens() -> None:
     assert [len(tokens) for tokens in greedy(model, images(2), 7)] == [7, 7]
 
 
-def test_padding_changes_no_logits_before_it() -> None:
-    model, image_BCHW = seq2seq(), images(2)
+@pytest.mark.parametrize("config", DECODERS, ids=name_of)
+def test_padding_changes_no_logits_before_it(config: Seq2SeqConfig) -> None:
+    model, image_BCHW = seq2seq(config=config), images(2)
     token_BT = torch.randint(EOS + 1, VOCAB_SIZE, (2, 6))
     padded_BT = functional.pad(token_BT, (0, 5), value=PAD)
     torch.testing.assert_close(model(image_BCHW, padded_BT)[:, :6], model(image_BCHW, token_BT))
 
 
-@pytest.mark.parametrize("config", [SEQ2SEQ, AUTOENCODER, *BACKBONES])
+@pytest.mark.parametrize("config", [*DECODERS, AUTOENCODER, *BACKBONES])
 def test_samples_do_not_see_their_batch(config: Seq2SeqConfig | AutoencoderConfig) -> None:
     torch.manual_seed(0)
     model = build_model(
@@ -198,7 +292,7 @@ def test_dropout_follows_the_default_generator() -> None:
     assert not torch.equal(logits_from(1), logits_from(2))
 
 
-@pytest.mark.parametrize("config", [SEQ2SEQ, AUTOENCODER, *BACKBONES[:2]])
+@pytest.mark.parametrize("config", [*DECODERS, AUTOENCODER, *BACKBONES[:2]])
 def test_gradients_reach_every_parameter(config: Seq2SeqConfig | AutoencoderConfig) -> None:
     torch.manual_seed(0)
     model = build_model(
@@ -213,9 +307,10 @@ def test_gradients_reach_every_parameter(config: Seq2SeqConfig | AutoencoderConf
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_decoder_looks_at_the_image() -> None:
+@pytest.mark.parametrize("config", DECODERS, ids=name_of)
+def test_decoder_looks_at_the_image(config: Seq2SeqConfig) -> None:
     """The classic bug is a decoder that learns the codes and ignores the images."""
-    model = seq2seq().train()
+    model = seq2seq(config=config).train()
     image_BCHW = images(8)
     token_BT = torch.randint(EOS + 1, VOCAB_SIZE, (8, 6))
     input_BT = functional.pad(token_BT, (1, 0), value=BOS)
@@ -263,6 +358,13 @@ def test_autoencoder_learns_its_images() -> None:
         ({"channels": (8, 0)}, r"^model\.channels = \(8, 0\) "),
         ({"dropout": 1.0}, r"^model\.dropout = 1\.0 "),
         ({"max_tokens": 0}, r"^model\.max_tokens = 0 "),
+        ({"num_layers": 0}, r"^model\.num_layers = 0 "),
+        ({"label_smoothing": 1.0}, r"^model\.label_smoothing = 1\.0 "),
+        ({"sampling_share": 1.1}, r"^model\.sampling_share = 1\.1 "),
+        ({"sampling_start": 0.8}, r"^model\.sampling_start = 0\.8, model\.sampling_end = 0\.75"),
+        ({"risk_weight": -1.0}, r"^model\.risk_weight = -1\.0 "),
+        ({"risk_beam": 0}, r"^model\.risk_beam = 0 "),
+        ({"risk_alpha": 0.0}, r"^model\.risk_alpha = 0\.0 "),
     ],
 )
 def test_bad_seq2seq_settings_name_their_key(change: dict[str, object], message: str) -> None:

@@ -5,6 +5,7 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,6 +42,20 @@ def test_learning_rate_warms_up_and_decays(schedule: str) -> None:
     assert rates[109] == pytest.approx(
         {"constant": 2.0, "linear": 0.02, "cosine": 0.0, "wsd": 0.04}[schedule], abs=1e-3
     )
+
+
+def test_one_cycle_is_torch_s() -> None:
+    config = OptimConfig(lr=2.0, warmup_steps=30, schedule="onecycle")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2.0, total_steps=100, pct_start=0.3)
+    for step in range(100):
+        assert learning_rate(step, config, 100) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        if step < 99:
+            theirs.step()
+    short = [learning_rate(step, config, 5) for step in range(5)]
+    assert short == sorted(short)
+    assert 0.08 <= short[0] <= short[-1] < 0.3
 
 
 def test_learning_rate_of_a_run_shorter_than_its_warm_up_is_finite() -> None:

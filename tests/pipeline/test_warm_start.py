@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.export import write_export
-from pipeline.models import Seq2Seq, Seq2SeqConfig, build_model
-from pipeline.warm_start import warm_start
+from pipeline.models import AutoencoderConfig, Seq2Seq, Seq2SeqConfig, build_model
+from pipeline.ranks import Ranks
+from pipeline.warm_start import begin_from, warm_start
 from shards.storage import UserError
 
 BACKBONES = ("resnet18", "resnet50", "efficientnet_b0")
@@ -224,3 +225,48 @@ def test_a_file_that_is_of_no_use_is_one_line(
 def test_a_folder_that_is_no_export(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no export \(config\.json is missing\)"):
         warm_start(nn.Linear(2, 2), tmp_path)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_torchvision_s_own_weights_come_from_its_cache(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody is there
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    whole = classifier(name)
+    write(whole, cache / url.rpartition("/")[2])
+    model = seq2seq(name)
+    report = begin_from("torchvision", model.config, model, Ranks())
+    assert f" tensors of torchvision's {report.source.split()[1]}, for" in report.line
+    for key, tensor in model.encoder.state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[key]), key
+
+
+def test_without_network_or_cache_one_line_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody is there
+    model = seq2seq("resnet18")
+    with pytest.raises(
+        UserError, match=r"cannot be had \(URLError\); .* set run\.init to a copy"
+    ) as caught:
+        begin_from("torchvision", model.config, model, Ranks())
+    assert f"{tmp_path}/hub/checkpoints/resnet18-" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "hub/checkpoints").mkdir(parents=True, exist_ok=True)
+    file = torchvision.models.ResNet18_Weights.DEFAULT.url.rpartition("/")[2]
+    canary = Canary(tmp_path / "sung")
+    (tmp_path / "hub/checkpoints" / file).write_bytes(pickle.dumps({"conv1.weight": canary}))
+    with pytest.raises(UserError, match="cannot be had"):
+        begin_from("torchvision", model.config, model, Ranks())
+    assert not canary.path.exists()
+
+
+def test_a_model_without_an_encoder_of_torchvision_s() -> None:
+    for config in (Seq2SeqConfig(), AutoencoderConfig()):
+        with pytest.raises(UserError, match=r"set model\.encoder = resnet18"):
+            begin_from("torchvision", config, nn.Linear(1, 1), Ranks())

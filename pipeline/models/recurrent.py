@@ -1,0 +1,84 @@
+"""A decoder that is an LSTM or a GRU, and attends to the grid beside it.
+
+Tensor names carry their shape: B batch, T token positions, V vocabulary, A attention heads,
+K query and key features of a head, U value features of a head, L latent, E embedding, D hidden,
+I and O what the output layer reads and mixes.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.models import grid
+from pipeline.models.seq2seq import (
+    Decoded,
+    Memory,
+    Seq2Seq,
+    Seq2SeqConfig,
+    State,
+    attend,
+    merge_heads,
+    split_heads,
+)
+
+
+class RecurrentSeq2Seq(Seq2Seq):
+    """The summary of the image starts the LSTM or GRU, enters it at every step, and goes past it to
+    the output, beside what multi-head attention finds. Attention does not feed back, so teacher
+    forcing is one fused call.
+
+    The state is (hidden_BD, cell_BD), a GRU's (hidden_BD,).
+
+    After "Show, Attend and Tell" (Xu et al., 2015, arXiv:1502.03044); the GRU is that of Cho et al.
+    (2014, arXiv:1406.1078).
+    """
+
+    def __init__(
+        self,
+        config: Seq2SeqConfig,
+        image_channels: int,
+        image_height: int,
+        image_width: int,
+        vocab_size: int,
+    ) -> None:
+        super().__init__(config, image_channels, image_height, image_width, attention_layers=1)
+        self.num_states = 2 if config.decoder == "lstm" else 1
+        self.start = nn.Linear(config.latent_dim, self.num_states * config.hidden_dim)
+        self.embedding = nn.Embedding(vocab_size, config.embed_dim)
+        input_dim, hidden_dim = config.embed_dim + config.latent_dim, config.hidden_dim
+        # Each under its own name: that is what checkpoints of LSTMs call it.
+        if config.decoder == "lstm":
+            self.lstm = nn.LSTM(input_dim, hidden_dim, batch_first=True)
+        else:
+            self.gru = nn.GRU(input_dim, hidden_dim, batch_first=True)
+        known_dim = hidden_dim + config.latent_dim
+        if self.attends:
+            self.query = nn.Linear(hidden_dim, hidden_dim + config.num_heads * grid.POSITION_DIM)
+            known_dim += hidden_dim
+        self.combine = nn.Linear(known_dim, 2 * hidden_dim)
+        self.head = nn.Linear(2 * hidden_dim, vocab_size)
+
+    def _start(self, latent_BL: Tensor) -> State:
+        parts = torch.tanh(self.start(latent_BL)).chunk(self.num_states, dim=1)
+        return tuple(part_BD.contiguous() for part_BD in parts)
+
+    def _decode(self, token_BT: Tensor, state: State, memory: Memory) -> Decoded:
+        latent_BTL = memory.latent_BL[:, None].expand(-1, token_BT.shape[1], -1)
+        embedding_BTE = self.dropout(self.embedding(token_BT))
+        input_BTI = torch.cat([embedding_BTE, latent_BTL], dim=2)
+        if self.config.decoder == "lstm":
+            hidden_1BD, cell_1BD = state[0][None], state[1][None]
+            hidden_BTD, (hidden_1BD, cell_1BD) = self.lstm(input_BTI, (hidden_1BD, cell_1BD))
+            state = hidden_1BD[0], cell_1BD[0]
+        else:
+            hidden_BTD, hidden_1BD = self.gru(input_BTI, state[0][None])
+            state = (hidden_1BD[0],)
+        hidden_BTD = self.dropout(hidden_BTD)
+        known, query_BATK = [hidden_BTD], None
+        if self.attends:
+            query_BATK = split_heads(self.query(hidden_BTD), self.num_heads)
+            seen_BATU = attend(query_BATK, memory.key_BANK, memory.value_BANU)
+            known.append(merge_heads(seen_BATU))
+        known_BTI = torch.cat([*known, latent_BTL], dim=2)
+        combined_BTO = functional.relu(self.combine(known_BTI))
+        return Decoded(self.head(self.dropout(combined_BTO)), state, query_BATK)
