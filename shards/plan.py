@@ -180,9 +180,9 @@ def _check_types(plan: Plan) -> None:
             texts += [one for one in (sample.code, sample.code_sha256) if one is not None]
     numbers = list(plan.num_groups.values())
     for kind, values in ((str, texts), (int, numbers)):
-        wrong = next((value for value in values if type(value) is not kind), None)
-        if wrong is not None:
-            raise TypeError(f"{wrong!r} is of another type")
+        for value in values:
+            if type(value) is not kind:
+                raise TypeError(f"{value!r} is of another type")
 
 
 def _fields(sample: PlannedSample) -> list[Any]:
