@@ -90,11 +90,14 @@ class Adoption:
             splits = {split: tuple(names) for split, names in body.pop("splits").items()}
             extensions = tuple(body.pop("image_extensions"))
             adoption = cls(**body, splits=splits, image_extensions=extensions)
+            if not all(type(name) is str for name in adoption.shards):
+                raise TypeError("a shard's name is no text")
+            plan_hash = adoption.plan_hash
         except FormatError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FormatError(f"{where}: damaged ({error!r})") from error
-        if adoption.plan_hash != claimed:
+        if plan_hash != claimed:
             raise FormatError(f"{where}: its own hash does not match; it was edited")
         return adoption
 

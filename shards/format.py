@@ -411,6 +411,8 @@ def _shard_entries(shards: Iterable[Any]) -> tuple[ShardEntry, ...]:
             raise TypeError(f"{entry!r} is no shard")
         if type(entry.samples) is not int or type(entry.bytes) is not int:
             raise TypeError(f"{entry!r} has a count that is none")
+        if type(entry.name) is not str or type(entry.sha256) is not str:
+            raise TypeError(f"{entry!r} has a text that is none")
         if entry.samples < 0 or entry.bytes < 0:
             raise ValueError(f"{entry!r} has a count below 0")
         if entry.samples > entry.bytes or entry.bytes >= 2**63:

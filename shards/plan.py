@@ -148,11 +148,13 @@ class Plan:
                 skips=tuple(Skip(cause, name) for cause, name in body["skips"]),
                 num_groups=body["num_groups"],
             )
+            _check_types(plan)
+            plan_hash = plan.plan_hash
         except FormatError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FormatError(f"{where}: damaged plan ({error!r})") from error
-        if plan.plan_hash != body.get("plan_hash"):
+        if plan_hash != body.get("plan_hash"):
             raise FormatError(f"{where}: the plan's own hash does not match; it was edited")
         return plan
 
@@ -167,6 +169,20 @@ class Plan:
                 shard.name: [_fields(sample) for sample in shard.samples] for shard in self.shards
             },
         }
+
+
+def _check_types(plan: Plan) -> None:
+    """Raises `TypeError` where what is named, sorted or counted is no text or number."""
+    texts = [text for skip in plan.skips for text in (skip.cause, skip.name)]
+    for shard in plan.shards:
+        for sample in shard.samples:
+            texts += [sample.key, sample.image, sample.image_sha256]
+            texts += [one for one in (sample.code, sample.code_sha256) if one is not None]
+    numbers = list(plan.num_groups.values())
+    for kind, values in ((str, texts), (int, numbers)):
+        for value in values:
+            if type(value) is not kind:
+                raise TypeError(f"{value!r} is of another type")
 
 
 def _fields(sample: PlannedSample) -> list[Any]:

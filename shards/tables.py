@@ -148,7 +148,8 @@ class ParquetCells:
                 batch = next(self._batches, None)
             if batch is None:
                 raise OSError(f"{name}: changed")
-            self._hold(batch)
+            with _explained(storage.join(self._root, name)):
+                self._hold(batch)
         return self._held.pop((row, column))
 
     def close(self) -> None:
@@ -304,7 +305,7 @@ def _open_parquet(url: str, columns: Sequence[str]) -> Table:
     types = _pyarrow(url).types
     positions: dict[str, int | str] = {}
     binary = set()
-    with _parquet_file(url) as file:
+    with _parquet_file(url) as file, _explained(url):
         schema = file.schema_arrow
         for name in columns:
             kind = schema.field(_find(url, schema.names, name)).type
@@ -379,7 +380,7 @@ def _explained(url: str) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a name is no UTF-8
         line = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"{url}: damaged, or no Parquet file ({line})") from error
 

@@ -138,6 +138,10 @@ def load_tokenizer(text: str, where: str) -> Tokenizer:
     tokenizer.no_padding()
     # Code that spells "<eos>" is text like any other.
     tokenizer.encode_special_tokens = True
+    try:
+        encode(tokenizer, "\ue000 \ue001")
+    except Exception as error:
+        raise UserError(f"{where}: cannot encode a word that is not in it ({error})") from error
     return tokenizer
 
 

@@ -464,7 +464,9 @@ def _check_sample(
     data = members[found_images[0]]
     try:
         height, width, _ = images.decode(data, policy.channels).shape
-        if images.read_channels(data) != policy.channels:
+        # WebP has no grey, and leaves out an alpha channel that hides nothing.
+        allowed = (policy.channels, 3) if found_images == ["webp"] else (policy.channels,)
+        if images.read_channels(data) not in allowed:
             return f"the image has not {policy.channels} channels"
         if policy.width is not None and (width, height) != (policy.width, policy.height):
             return f"the image is {width}x{height}, not {policy.width}x{policy.height}"

@@ -91,7 +91,8 @@ def fuzz_image(data: bytes) -> str:
     width, height = size or stated
     found = images.decode(packed.data, channels)
     assert found.shape == (height, width, channels)
-    assert images.read_channels(packed.data) == channels
+    if packed.extension != "webp":  # which has no grey, and leaves an alpha out that hides nothing
+        assert images.read_channels(packed.data) == channels
     assert images.fit_and_encode(data, policy) == packed
     return "packed"
 
@@ -105,7 +106,10 @@ def fuzz_decode(data: bytes) -> str:
     except images.ImageRefused as refused:
         return refused.cause
     assert found.dtype == np.uint8
-    width, height = images.read_size(data)
+    try:
+        width, height = images.read_size(data)
+    except images.ImageRefused:
+        return "decoded, though its metadata is damaged"
     if least is None or found.shape[:2] == (height, width):
         assert found.shape == (height, width, channels)
     else:
@@ -171,16 +175,28 @@ def fuzz_receipt(data: bytes) -> str:
 
 def fuzz_plan(data: bytes) -> str:
     from shards import foreign
-    from shards.plan import Plan
+    from shards.plan import Plan, differences
 
     text = _text(data)
+    old_adoption, old_plan = _old_plans()
     if foreign.is_adoption(text):
         adoption = foreign.Adoption.from_json(text, "here")
         assert foreign.Adoption.from_json(adoption.to_json(), "here") == adoption
+        assert foreign.differences(adoption, old_adoption)
         return "read as an adoption"
     plan = Plan.from_json(text, "here")
     assert Plan.from_json(plan.to_json(), "here").plan_hash == plan.plan_hash
+    assert differences(plan, old_plan)
     return "read"
+
+
+@functools.cache
+def _old_plans() -> tuple[Any, Any]:
+    from shards import foreign
+    from shards.plan import Plan
+
+    adoption, *plans = (data.decode() for data in _files("plan.json"))
+    return foreign.Adoption.from_json(adoption, "here"), Plan.from_json(plans[0], "here")
 
 
 def fuzz_tar(data: bytes) -> str:
@@ -266,7 +282,7 @@ def fuzz_tokens(data: bytes) -> str:
         words = tokens.words(plan.read_code(data))
     except UnicodeDecodeError:
         return "not UTF-8"
-    assert all(word.strip() for word in words)
+    assert all(words)
     return "read as code"
 
 

@@ -57,6 +57,7 @@ from hostile import (
     png_chunk,
     png_of,
     red,
+    rehashed,
     resigned,
     sealed,
     tar_header,
@@ -1062,3 +1063,70 @@ def test_a_shard_that_became_a_pipe_is_a_bad_sample(dataset: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(SampleError, match="cannot be read"):
         reader.read(0, 0)
+
+
+PLANS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "groups of a number": lambda body: body.update(num_groups=1.5),
+    "groups of a list": lambda body: body.update(num_groups=[[]]),
+    "half a group": lambda body: body["num_groups"].update(train=0.5),
+    "a skip without a name": lambda body: body.update(skips=[["corrupt", None]]),
+    "an image of a number": lambda body: body["shards"]["train/000000.tar"][0].__setitem__(1, 5),
+    "a hash of a list": lambda body: body["shards"]["train/000000.tar"][0].__setitem__(2, []),
+    "no shards": lambda body: body.update(shards=None),
+    "no options": lambda body: body.update(options={}),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_of_other_types_is_named(name: str, dataset: Path, capsys: Capture) -> None:
+    path = dataset / "plan.json"
+    body = json.loads(path.read_text())
+    PLANS[name](body)
+    path.write_text(rehashed(body))
+    assert verify.main([str(dataset), "--workers", "0"]) == 1
+    assert "plan.json: damaged plan" in capsys.readouterr().out
+
+
+def test_a_receipt_whose_hash_is_no_text_is_named(dataset: Path, capsys: Capture) -> None:
+    path = dataset / "train/000000.json"
+    body = json.loads(path.read_text())
+    body["shard"]["sha256"] = dict(body["shard"])
+    path.write_text(json.dumps(body))
+    assert verify.main([str(dataset), "--workers", "0"]) == 1
+    assert "train/000000.json: damaged receipt" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_fails_at_unknown_words_is_refused(
+    make_pairs: MakePairs, tmp_path: Path, capsys: Capture
+) -> None:
+    from tokenizers import Tokenizer, models
+
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3}
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(models.WordLevel(words, unk_token="[UNK]")).save(str(path))
+    assert run(make_pairs(4), tmp_path / "out", "--tokenizer", path, "--split", "test=1") == 2
+    assert "tokenizer.json: cannot encode a word that is not in it" in one_line(capsys)
+
+
+def test_a_column_whose_name_is_no_text_is_one_line(tmp_path: Path, capsys: Capture) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out = io.BytesIO()
+    pq.write_table(pa.table({"image": ["a.png"], "xyzzy": ["b"]}), out, store_schema=False)
+    data = out.getvalue().replace(b"xyzzy", b"xy\xffzy")
+    (tmp_path / "t.parquet").write_bytes(data)
+    assert run(tmp_path / "t.parquet", tmp_path / "out", "--split", "train=1") == 2
+    assert "t.parquet: damaged, or no Parquet file" in one_line(capsys)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_webp_of_any_channels_is_as_it_was_packed(channels: int, tmp_path: Path) -> None:
+    """It has no grey, and leaves out an alpha channel that hides nothing."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    for number in range(2):
+        (raw / f"{number}.png").write_bytes(encoded(noise(seed=number)))
+    words = ("--channels", channels, "--encode", "webp", "--split", "train=1")
+    assert run(raw, out, *words) == 0
+    assert verify.main([str(out), "--deep", "--workers", "0"]) == 0
