@@ -44,6 +44,7 @@ from pipeline.tasks import build_task, prepare_images, references
 from shards import engines, storage, tokens
 from shards.errors import redact
 from shards.format import BOS, TOKENIZER_NAME
+from shards.images import viewable
 from shards.storage import UserError
 
 SAMPLES = 256
@@ -626,11 +627,10 @@ def _image_figure(image_CHW: Tensor, name: str) -> Html:
 
 
 def _image_url(image_CHW: Tensor) -> str:
-    """A uint8 image as it is, if it is not large; of channels beyond RGBA the first is shown."""
-    pixels_HWC = image_CHW.permute(1, 2, 0).contiguous().cpu().numpy()
-    if pixels_HWC.shape[2] not in (3, 4):
-        pixels_HWC = pixels_HWC[:, :, 0]
-    image = Image.fromarray(pixels_HWC)
+    """A uint8 image as it is, if it is not large and a screen can show its channels."""
+    pixels_HWC = viewable(image_CHW.permute(1, 2, 0).cpu().numpy())
+    pixels_HWC = np.ascontiguousarray(pixels_HWC)
+    image = Image.fromarray(pixels_HWC[:, :, 0] if pixels_HWC.shape[2] == 1 else pixels_HWC)
     image.thumbnail((_MOST_PIXELS, _MOST_PIXELS))
     data = _encoded(image, "PNG")
     if len(data) <= _MOST_PNG_BYTES or image.mode == "RGBA":
