@@ -44,12 +44,14 @@ from pipeline.tasks import build_task, prepare_images, references
 from shards import engines, storage, tokens
 from shards.errors import redact
 from shards.format import BOS, TOKENIZER_NAME
+from shards.images import viewable
 from shards.storage import UserError
 
 SAMPLES = 256
 """of the split that are looked at, unless --samples says otherwise"""
 
 _SHOWN = 6  # of them, and as many of the worst
+_DRAWN = 24  # from a variational autoencoder's prior
 _BATCH = 32
 _ATTENDED_SAMPLES, _ATTENDED_TOKENS = 2, 12
 _MOST_CONFUSIONS = 20
@@ -216,6 +218,7 @@ class _Report:
             "Attention": self._attention(looked.worst) if is_code else None,
             "Worst samples": self._samples(looked.worst, "worst"),
             "Token confusion": self._confusion(looked.samples) if is_code else None,
+            "Drawn images": self._drawn(),
             "Validations": self._validations(),
             "Configuration": self._configuration(),
             "Versions": self._versions(),
@@ -344,14 +347,25 @@ class _Report:
         for sample, *triple in zip(samples, image_BCHW, found_BCHW, difference_BCHW, strict=True):
             names = ("image", "reconstruction", f"difference, {_DIFFERENCE_SCALE} times as strong")
             images = (
-                _image_figure((one * 255).round().to(torch.uint8), name)
-                for one, name in zip(triple, names, strict=True)
+                _image_figure(_as_bytes(one), name) for one, name in zip(triple, names, strict=True)
             )
             title = f"{self._source(sample)}: mean squared error {_number(sample.error)}"
             figures.append(
                 tag("article", tag("h3", title), tag("div", join(images), class_="triple"))
             )
         return tag("div", join(figures), class_="reconstructions")
+
+    def _drawn(self) -> Html | None:
+        """What the decoder of a variational autoencoder makes of draws from the prior."""
+        model = self.model
+        if not isinstance(model, Autoencoder) or not model.config.variational:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        latent_BD = torch.randn(_DRAWN, *model.latent_shape, generator=generator)
+        image_BCHW = model.decode(latent_BD.to(self.device, dtype_of(self.config)))
+        images = (_image_figure(_as_bytes(one), "") for one in image_BCHW)
+        note = "Latents drawn from N(0, 1), decoded."
+        return join([tag("p", note, class_="note"), tag("div", join(images), class_="drawn")])
 
     def _attention(self, samples: Sequence[Sample]) -> Html | None:
         """Where the model looked while it wrote; None for models that do not look."""
@@ -625,12 +639,16 @@ def _image_figure(image_CHW: Tensor, name: str) -> Html:
     return tag("figure", image, tag("figcaption", name))
 
 
+def _as_bytes(image_CHW: Tensor) -> Tensor:
+    """uint8, of an image in [0,1]."""
+    return (image_CHW * 255).round().to(torch.uint8)
+
+
 def _image_url(image_CHW: Tensor) -> str:
-    """A uint8 image as it is, if it is not large; of channels beyond RGBA the first is shown."""
-    pixels_HWC = image_CHW.permute(1, 2, 0).contiguous().cpu().numpy()
-    if pixels_HWC.shape[2] not in (3, 4):
-        pixels_HWC = pixels_HWC[:, :, 0]
-    image = Image.fromarray(pixels_HWC)
+    """A uint8 image as it is, if it is not large and a screen can show its channels."""
+    pixels_HWC = viewable(image_CHW.permute(1, 2, 0).cpu().numpy())
+    pixels_HWC = np.ascontiguousarray(pixels_HWC)
+    image = Image.fromarray(pixels_HWC[:, :, 0] if pixels_HWC.shape[2] == 1 else pixels_HWC)
     image.thumbnail((_MOST_PIXELS, _MOST_PIXELS))
     data = _encoded(image, "PNG")
     if len(data) <= _MOST_PNG_BYTES or image.mode == "RGBA":
@@ -732,8 +750,9 @@ th{background:#f6f8fa;font-weight:600}
 .heat{background:color-mix(in srgb,#cf222e var(--heat),#fff);text-align:right}
 .reconstructions{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));
 gap:0 1.5rem}
+.drawn{display:grid;grid-template-columns:repeat(auto-fill,minmax(80px,1fr));gap:.5rem}
 .triple{display:grid;grid-template-columns:repeat(3,1fr);gap:.5rem}
-.triple img{width:100%;height:auto;border:1px solid #d0d7de}
+.triple img,.drawn img{width:100%;height:auto;border:1px solid #d0d7de}
 .pixels{image-rendering:pixelated}
 .heats{display:grid;grid-template-columns:repeat(auto-fill,minmax(160px,1fr));gap:.7rem}
 .seen{aspect-ratio:var(--ratio);background:var(--image) 0 0/100% 100%;border:1px solid #d0d7de}

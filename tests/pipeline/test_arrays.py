@@ -79,7 +79,7 @@ def test_five_channels_are_trained_validated_and_predicted(
     words_to = [str(run), str(tmp_path / "rgb.png"), "--out", str(tmp_path / "none")]
     assert predict.main(words_to) == 1
     assert "rgb.png: unsupported_format" in capsys.readouterr().err
-    assert report.main([str(run), "--split", "test", "--out", str(tmp_path / "report.png")]) == 0
+    assert report.main([str(run), "--split", "test", "--out", str(tmp_path / "report.html")]) == 0
 
 
 @pytest.mark.parametrize("kind", ["stretch", "crop", "pad"])

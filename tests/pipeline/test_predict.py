@@ -354,7 +354,7 @@ def test_confidence_is_the_product_of_the_steps_probabilities(
     images = [
         trained.pixels((screens.parent / "raw" / f"00000{n}.png").read_bytes()) for n in (1, 2)
     ]
-    for pixels, code in zip(images, trained.codes(images), strict=True):
+    for pixels, (code,) in zip(images, trained.codes(images), strict=True):
         image_BCHW = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
         memory = trained.model.encode(image_BCHW)
         state, token, expected = memory.start, BOS, 1.0

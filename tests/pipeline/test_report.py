@@ -14,6 +14,7 @@ from browser import visit
 from pipeline import charts, diffs, report
 from pipeline.charts import Curve
 from pipeline.markup import Html, page, tag
+from pipeline.models import Seq2Seq
 from shards import pack
 
 SECTIONS = [
@@ -56,7 +57,8 @@ def test_everything_of_a_seq2seq_run_is_there(
         assert words in text, words
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)""", text)
     assert len(text) < 1_000_000
-    check_in_browser(out, tmp_path, [*SECTIONS, "token-confusion"])
+    attention = ["attention"] if hasattr(Seq2Seq, "attention") else []
+    check_in_browser(out, tmp_path, [*SECTIONS, "token-confusion", *attention])
 
 
 def test_everything_of_an_autoencoder_is_there(pictures_run: Path, tmp_path: Path) -> None:
@@ -66,6 +68,19 @@ def test_everything_of_an_autoencoder_is_there(pictures_run: Path, tmp_path: Pat
         assert words in text, words
     assert "token-confusion" not in text
     check_in_browser(out, tmp_path, SECTIONS)
+
+
+def test_a_variational_one_s_draws_are_shown(
+    pictures: Path, tmp_path: Path, train_small: Callable[[Path, Path, str], Path]
+) -> None:
+    settings = """
+    --run.steps 2 --batch.global_size 4 --batch.micro_size 4 --model.name autoencoder
+    --model.channels 8 --model.latent map --model.latent_dim 2 --model.variational true
+    """
+    run = train_small(tmp_path / "run", pictures, settings)
+    text = write(run, tmp_path / "report.html", "--samples", 2)
+    drawn = text.split('<section id="drawn-images">')[1].split("</section>")[0]
+    assert len(set(re.findall("src=.data:image/png;base64,[^ ]*", drawn))) == 24
 
 
 def test_the_browser_would_notice(tmp_path: Path) -> None:
