@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # this checkout, not an inst
 
 from pipeline.decode import Hypothesis, beam_search, greedy
 from pipeline.grammar import Grammar, TokenGrammar
-from pipeline.models import Seq2Seq, Seq2SeqConfig
+from pipeline.models import Seq2Seq, Seq2SeqConfig, build_model
 from pipeline.predict import Trained
 from pipeline.tasks import as_floats
 from shards import images, synth, tokens
@@ -137,7 +137,14 @@ def packed_pixels(data: bytes) -> Any:
 def random_model(vocab_size: int) -> Seq2Seq:
     """The default model, of larger weights than training starts with: its codes differ."""
     torch.manual_seed(0)
-    model = Seq2Seq(Seq2SeqConfig(), 3, HEIGHT, WIDTH, vocab_size).eval()
+    model = build_model(
+        Seq2SeqConfig(),
+        image_channels=3,
+        image_height=HEIGHT,
+        image_width=WIDTH,
+        vocab_size=vocab_size,
+    ).eval()
+    assert isinstance(model, Seq2Seq)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)

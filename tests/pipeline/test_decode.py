@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.decode import Hypothesis, beam_search, greedy
 from pipeline.grammar import Grammar, TokenGrammar
-from pipeline.models import Seq2Seq, Seq2SeqConfig
+from pipeline.models import Seq2Seq, Seq2SeqConfig, build_model
 from shards import tokens
 from shards.format import BOS, EOS, PAD
 
@@ -21,12 +21,19 @@ seeds = st.integers(0, 10_000)
 
 
 def seq2seq(seed: int, vocab_size: int, scale: float = 2.0) -> Seq2Seq:
-    """Random weights, large enough that samples differ, end early and repeat less."""
+    """Random weights, large enough that samples differ, end early and repeat less. The seed
+    chooses the decoder and its memory too."""
     torch.manual_seed(seed)
     config = Seq2SeqConfig(
-        channels=(4, 8), embed_dim=6, latent_dim=8, hidden_dim=8, num_heads=2, dropout=0.1
+        channels=(4, 8), embed_dim=6, latent_dim=8, hidden_dim=8, num_heads=2, dropout=0.1,
+        decoder=("lstm", "gru", "transformer")[seed % 3], num_layers=2,
+        memory=("spatial", "vector")[seed // 3 % 2],
+    )  # fmt: skip
+    model = build_model(
+        config, image_channels=3, image_height=12, image_width=16, vocab_size=vocab_size
     )
-    model = Seq2Seq(config, 3, 12, 16, vocab_size).double().eval()
+    assert isinstance(model, Seq2Seq)
+    model.double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(scale)
