@@ -2,7 +2,8 @@
 
 Of the model it takes `encode(image_BCHW)`, a memory with the first state as `.start`, and
 `step(token_B, state, memory) -> (logits_BV, state)`. Memory and state are tensors, or tuples of
-such trees; dimension 0 of every tensor is the batch.
+such trees; dimension 0 of every tensor is the batch. `step` takes a memory of fewer rows than tokens
+and state, each for several of these in succession: the hypotheses of an image share its memory.
 
 Tensor names carry their shape: B samples, K hypotheses of a sample, R = B * K rows of the model,
 C channels, H height, W width, V vocabulary, T tokens, S states of a grammar.
@@ -19,7 +20,7 @@ from shards.format import BOS, EOS, PAD
 
 _Tree = TypeVar("_Tree")
 
-_FULL_ENOUGH = 0.75
+_FULL_ENOUGH = 0.9
 """share of samples still being decoded below which the others' rows are dropped: it copies the
 memory of those that stay"""
 
@@ -102,11 +103,11 @@ def greedy(
     batch_size, device = len(image_BCHW), image_BCHW.device
     if not batch_size:
         return []
-    memory = model.encode(image_BCHW)
+    sample_B = torch.arange(batch_size, device=device)
+    memory = select_rows(model.encode(image_BCHW), sample_B)  # a copy, in one piece
     state = memory.start
     token_B = torch.full((batch_size,), BOS, device=device)
     place_B = torch.zeros_like(token_B)  # in the grammar
-    sample_B = torch.arange(batch_size, device=device)
     running_B = torch.ones_like(token_B, dtype=torch.bool)
     found_BT = torch.full((batch_size, max_tokens), EOS, device=device)
     for position in range(max_tokens):
@@ -168,8 +169,8 @@ def beam_search(
     if not batch_size:
         return []
     sample_B = torch.arange(batch_size, device=device)
-    memory = select_rows(model.encode(image_BCHW), sample_B.repeat_interleave(beam_size))
-    state = memory.start
+    memory = select_rows(model.encode(image_BCHW), sample_B)  # a copy, in one piece
+    state = select_rows(memory.start, sample_B.repeat_interleave(beam_size))
     found = _Found(batch_size, beam_size, max_tokens, device)
     token_R = torch.full((batch_size * beam_size,), BOS, device=device)
     place_R = torch.zeros_like(token_R)  # in the grammar
@@ -228,8 +229,7 @@ def beam_search(
             kept = running_B.nonzero()[:, 0]
             sample_B, score_BK, written_BKT = sample_B[kept], score_BK[kept], written_BKT[kept]
             row_BK, next_BK = row_BK[kept], next_BK[kept]
-            # Of a sample's rows any will do, its own are at hand.
-            memory = select_rows(memory, row_BK.flatten())
+            memory = select_rows(memory, kept)
         token_R, row_R = next_BK.flatten(), row_BK.flatten()
         state = select_rows(state, row_R)
         if mask is not None:

@@ -196,9 +196,8 @@ class Seq2Seq(nn.Module):
         """
         memory = self.encode(image_BCHW)
         codes = len(token_MT) // max(len(image_BCHW), 1)
-        if codes > 1:
-            memory = _repeat_rows(memory, codes)
-        return self._decode(token_MT, memory.start, memory).logits_BTV
+        start = _repeat_rows(memory.start, codes) if codes > 1 else memory.start
+        return self._decode(token_MT, start, _for_rows(memory, len(token_MT))).logits_BTV
 
     def encode(self, image_BCHW: Tensor) -> Memory:
         """What the decoder needs of images in [0,1]; computed once, read at every step.
@@ -237,9 +236,11 @@ class Seq2Seq(nn.Module):
     def step(self, token_B: Tensor, state: State, memory: Memory) -> tuple[Tensor, State]:
         """One token on: `logits_BV` after the int64 `token_B`, and the state that follows.
 
-        Starts with `<bos>` and `memory.start`; equals `forward` position by position.
+        Starts with `<bos>` and `memory.start`; equals `forward` position by position. As there,
+        several rows of tokens and state in succession may be those of one image, of which the
+        memory has one row.
         """
-        decoded = self._decode(token_B[:, None], state, memory)
+        decoded = self._decode(token_B[:, None], state, _for_rows(memory, len(token_B)))
         return decoded.logits_BTV[:, 0], decoded.state
 
     def attention(self, image_BCHW: Tensor, token_BT: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -277,7 +278,16 @@ def split_heads(feature_BTD: Tensor, num_heads: int) -> Tensor:
 def attend(
     query_BATK: Tensor, key_BANK: Tensor, value_BANU: Tensor, *, is_causal: bool = False
 ) -> Tensor:
-    """`seen_BATU`: scaled dot-product attention of queries or keys that are scaled already."""
+    """`seen_BATU`: scaled dot-product attention of queries or keys that are scaled already.
+
+    Where there are fewer rows of keys than of queries, each is for several of these in succession.
+    """
+    together = len(query_BATK) // max(len(key_BANK), 1)
+    if together > 1:
+        # As more queries of one row: keys and values are then read once.
+        rows_BJATK = query_BATK.unflatten(0, (-1, together))
+        seen_BATU = attend(rows_BJATK.transpose(1, 2).flatten(2, 3), key_BANK, value_BANU)
+        return seen_BATU.unflatten(2, (together, -1)).transpose(1, 2).flatten(0, 1)
     if query_BATK.shape[2] > 1:
         return functional.scaled_dot_product_attention(
             query_BATK, key_BANK, value_BANU, is_causal=is_causal, scale=1.0
@@ -290,6 +300,14 @@ def attend(
 def merge_heads(feature_BATU: Tensor) -> Tensor:
     """The inverse of `split_heads`."""
     return feature_BATU.transpose(1, 2).flatten(2)
+
+
+def _for_rows(memory: Memory, num_rows: int) -> Memory:
+    """With `latent_BL` repeated to that many rows; `attend` shares the others."""
+    codes = num_rows // max(len(memory.latent_BL), 1)
+    if codes > 1:
+        memory = memory._replace(latent_BL=_repeat_rows(memory.latent_BL, codes))
+    return memory
 
 
 def _repeat_rows(rows: Any, times: int) -> Any:

@@ -33,7 +33,7 @@ from pipeline.models import Seq2Seq, Seq2SeqConfig, build_model
 from pipeline.predict import Trained
 from pipeline.tasks import as_floats
 from shards import images, synth, tokens
-from shards.format import ImagePolicy
+from shards.format import EOS, ImagePolicy
 
 WIDTH, HEIGHT = 160, 96
 POLICY = ImagePolicy(WIDTH, HEIGHT, 3, "stretch", "png", 90, (255, 255, 255))
@@ -148,6 +148,7 @@ def random_model(vocab_size: int) -> Seq2Seq:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
+        model.head.bias[EOS] = -1e9
     return model.to(memory_format=torch.channels_last)
 
 

@@ -20,7 +20,7 @@ def test_the_smallest_form_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["screens"] == 6
-    assert result["mean_tokens"] == pytest.approx(16)
+    assert result["mean_tokens"] == 16
     ways = ("batched", "one_by_one", "masked", "greedy", "encode")
     assert all(result[f"{name}_s"] > 0 for name in ways)
     assert result["speedup"] == pytest.approx(result["one_by_one_s"] / result["batched_s"], rel=0.2)
