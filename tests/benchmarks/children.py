@@ -5,10 +5,13 @@ Runs under any Python: only the standard library is needed.
 
 import json
 import os
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+OURS, CEILING = "pixloom", "ceiling"
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -52,3 +55,35 @@ class Child:
         if self.process.stdin is not None:
             self.process.stdin.close()
         self.process.wait()
+
+
+def in_turn(names: Iterable[str], turn: int) -> list[str]:
+    """Another one begins each time, so that none always follows the same one."""
+    order = list(names)
+    return order[turn % len(order) :] + order[: turn % len(order)]
+
+
+def summary(
+    who: str, unit: str, speeds: Mapping[tuple[str, int], Sequence[float]], peers: Sequence[str]
+) -> dict[str, Any]:
+    """The ratios of the medians, and a row for each name and number of workers in `speeds`."""
+    median = {at: statistics.median(found) for at, found in speeds.items()}
+    workers = sorted({number for _, number in speeds})
+    over = {n: min((median[OURS, n] / median[p, n] for p in peers), default=None) for n in workers}
+    of = {n: median[OURS, n] / median[CEILING, n] for n in workers}
+    return {
+        "over_fastest_peer": round(min(over.values()), 3) if peers else None,
+        "of_ceiling": round(min(of.values()), 3),
+        "over_fastest_peer_by_workers": {n: x and round(x, 3) for n, x in over.items()},
+        "of_ceiling_by_workers": {n: round(x, 3) for n, x in of.items()},
+        "rows": [
+            {
+                who: name,
+                "workers": number,
+                unit: round(median[name, number], 1),
+                "lowest": round(min(found), 1),
+                "highest": round(max(found), 1),
+            }
+            for (name, number), found in sorted(speeds.items(), key=lambda row: row[0][1])
+        ],
+    }

@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -38,13 +37,12 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import psutil  # noqa: E402
-from children import Child, serve  # noqa: E402
+from children import CEILING, OURS, Child, in_turn, serve, summary  # noqa: E402
 from pack_peers import PACKAGES, SIDE, images_in  # noqa: E402
 
 from shards import images, pack  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
-OURS, CEILING = "pixloom", "ceiling"
 POLICY = images.make_policy(
     size=(SIDE, SIDE), fit=None, encode=None, channels=3, quality=90, background=(255, 255, 255)
 )
@@ -110,9 +108,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         speeds: dict[tuple[str, int], list[float]] = {}
         for turn in range(arguments.rounds):
             for number in workers:
-                order = list(children)
-                order = order[turn % len(order) :] + order[: turn % len(order)]
-                for name in order:
+                for name in in_turn(children, turn):
                     found = children[name].ask(**request, name=name, workers=number)
                     speeds.setdefault((name, number), []).append(found["samples_per_s"])
                     print(f"{kind} {name} {number}: {found['samples_per_s']:.1f}", file=sys.stderr)
@@ -120,7 +116,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             path.unlink()
             path.with_suffix(".gui").unlink(missing_ok=True)
         memory["half"] = ours.ask(**watched)["memory_MB"]
-        result[kind] = {**_summary(speeds, list(versions), workers), "memory_MB": memory}
+        result[kind] = {
+            **summary("packer", "samples_per_s", speeds, list(versions)),
+            "memory_MB": memory,
+        }
         shutil.rmtree(raw)
     for child in children.values():
         child.close()
@@ -131,30 +130,6 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "peers": versions,
-    }
-
-
-def _summary(
-    speeds: dict[tuple[str, int], list[float]], peers: list[str], workers: list[int]
-) -> dict[str, Any]:
-    median = {at: statistics.median(found) for at, found in speeds.items()}
-    over = {n: min((median[OURS, n] / median[p, n] for p in peers), default=None) for n in workers}
-    of = {n: median[OURS, n] / median[CEILING, n] for n in workers}
-    return {
-        "over_fastest_peer": round(min(over.values()), 3) if peers else None,
-        "of_ceiling": round(min(of.values()), 3),
-        "over_fastest_peer_by_workers": {n: x and round(x, 3) for n, x in over.items()},
-        "of_ceiling_by_workers": {n: round(x, 3) for n, x in of.items()},
-        "rows": [
-            {
-                "packer": name,
-                "workers": number,
-                "samples_per_s": round(median[name, number], 1),
-                "lowest": round(min(found), 1),
-                "highest": round(max(found), 1),
-            }
-            for (name, number), found in sorted(speeds.items(), key=lambda row: row[0][1])
-        ],
     }
 
 

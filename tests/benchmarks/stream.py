@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import psutil  # noqa: E402
-from children import Child, serve  # noqa: E402
+from children import CEILING, OURS, Child, in_turn, serve, summary  # noqa: E402
 from stream_peers import BATCH, MEAN, PACKAGES, SIDE, STD, timed  # noqa: E402
 
 from pipeline.batch import Batch, RawSample, assemble  # noqa: E402
@@ -53,7 +53,6 @@ from pipeline.loader import Loader  # noqa: E402
 PHOTOGRAPHS = {"jpeg": (500, 375), "jpeg_1024": (1024, 768)}
 """(width, height) in pixels"""
 SCREENS = ROOT.parent / "shared" / "data" / "pix2code-web" / "train"
-OURS, CEILING = "pixloom", "ceiling"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,16 +114,13 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         cpu_speeds: dict[str, list[float]] = {}
         for turn in range(arguments.rounds):
             for number in workers:
-                # Another one begins each time, so that none always follows the same one.
-                order = list(children)
-                order = order[turn % len(order) :] + order[: turn % len(order)]
-                for name in order:
+                for name in in_turn(children, turn):
                     found = children[name].ask(**request, name=name, workers=number)
                     speeds.setdefault((name, number), []).append(found["images_per_s"])
                     if number == 0:
                         cpu_speeds.setdefault(name, []).append(found["images_per_cpu_s"])
                     print(f"{kind} {name} {number}: {found['images_per_s']:.0f}", file=sys.stderr)
-        result[kind] = _summary(speeds, list(versions), workers)
+        result[kind] = summary("loader", "images_per_s", speeds, list(versions))
         result[kind]["images_per_cpu_s"] = {
             name: round(statistics.median(found), 1) for name, found in cpu_speeds.items()
         }
@@ -147,30 +143,6 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "peers": versions,
-    }
-
-
-def _summary(
-    speeds: dict[tuple[str, int], list[float]], peers: list[str], workers: list[int]
-) -> dict[str, Any]:
-    median = {at: statistics.median(found) for at, found in speeds.items()}
-    over = {n: min((median[OURS, n] / median[p, n] for p in peers), default=None) for n in workers}
-    of = {n: median[OURS, n] / median[CEILING, n] for n in workers}
-    return {
-        "over_fastest_peer": round(min(over.values()), 3) if peers else None,
-        "of_ceiling": round(min(of.values()), 3),
-        "over_fastest_peer_by_workers": {n: x and round(x, 3) for n, x in over.items()},
-        "of_ceiling_by_workers": {n: round(x, 3) for n, x in of.items()},
-        "rows": [
-            {
-                "loader": name,
-                "workers": number,
-                "images_per_s": round(median[name, number], 1),
-                "lowest": round(min(found), 1),
-                "highest": round(max(found), 1),
-            }
-            for (name, number), found in sorted(speeds.items(), key=lambda row: row[0][1])
-        ],
     }
 
 
