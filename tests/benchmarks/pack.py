@@ -36,7 +36,6 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-import psutil  # noqa: E402
 from children import CEILING, OURS, Child, in_turn, serve, summary  # noqa: E402
 from pack_peers import PACKAGES, SIDE, images_in  # noqa: E402
 
@@ -176,6 +175,8 @@ def _encode_all(data: list[bytes]) -> float:
 @contextlib.contextmanager
 def _memory() -> Iterator[list[float]]:
     """The most private memory of this process and its children together, in MB."""
+    import psutil  # here, for the worker processes import this module too
+
     most_MB, over = [0.0], threading.Event()
 
     def watch() -> None:
