@@ -120,6 +120,22 @@ def fuzz_decode(data: bytes) -> str:
     return "decoded"
 
 
+def fuzz_array(data: bytes) -> str:
+    from shards import images
+
+    channels, size = _choice(data, (2, None), (5, None), (6, (7, 5)), (3, None))
+    policy = images.make_policy(
+        size=size, fit=None, encode=None, channels=channels, quality=80, background=(9, 8, 7)
+    )
+    try:
+        packed = images.fit_and_encode(data, policy)
+    except images.ImageRefused as refused:
+        return refused.cause
+    width, height = size or (packed.width, packed.height)
+    assert images.decode(packed.data, channels).shape == (height, width, channels)
+    return "packed"
+
+
 def _text(data: bytes) -> str:
     """As `storage.read_text` has it."""
     from shards.format import FormatError
@@ -291,6 +307,31 @@ def fuzz_tokens(data: bytes) -> str:
 
 def image_corpus() -> list[bytes]:
     return list(hostile.valid_images().values())
+
+
+def array_corpus() -> list[bytes]:
+    rng, found = np.random.default_rng(3), []
+    for shape, kind in (((6, 8, 5), "u1"), ((2, 6, 8), "<u2"), ((6, 8, 6), ">u2"), ((6, 8), "u1")):
+        out = io.BytesIO()
+        np.save(out, rng.integers(0, 200, shape).astype(kind))
+        found.append(out.getvalue())
+    for bands, planar in ((5, 1), (2, 2), (6, 1)):
+        plain = (258, 3, bands, 250 - 2 * bands) if bands > 2 else (258, 3, bands, 8 | 8 << 16)
+        count = bands if planar == 2 else 1
+        sizes = 8 * 8 * bands // count
+        offsets, counts = (273, 4, count, 230), (279, 4, count, 238)
+        if count == 1:
+            offsets, counts = (273, 4, 1, 256), (279, 4, 1, sizes)
+        tags = hostile.tiff_tags(
+            (8, 8), plain, (277, 3, 1, bands), (284, 3, 1, planar), offsets=offsets, counts=counts
+        )
+        data = bytearray(hostile.tiff(tags, rng.bytes(8 * 8 * bands)))
+        if bands > 2:
+            data[250 - 2 * bands : 250] = struct.pack(f"<{bands}H", *[8] * bands)
+        else:
+            data[230:246] = struct.pack("<4I", 256, 256 + sizes, sizes, sizes)
+        found.append(bytes(data))
+    return found
 
 
 def _dataset() -> dict[str, bytes]:
@@ -520,6 +561,7 @@ Target = tuple[Callable[[bytes], str], Callable[[], list[bytes]]]
 TARGETS: dict[str, Target] = {
     "image": (fuzz_image, image_corpus),
     "decode": (fuzz_decode, image_corpus),
+    "array": (fuzz_array, array_corpus),
     "index": (fuzz_index, lambda: _files(".idx")),
     "manifest": (fuzz_manifest, lambda: _files("manifest.json")),
     "receipt": (fuzz_receipt, lambda: _files("train/000000.json", "train/0.json")),
@@ -624,10 +666,14 @@ class Fuzzer:
         temporary.replace(path)
 
 
-def fuzz_here(arguments: argparse.Namespace, kept: Path) -> None:
-    from shards import images
+def lower_limits() -> None:
+    from shards import images, limits
 
-    images.MAX_PIXELS = MAX_PIXELS
+    images.MAX_PIXELS = limits.MAX_PIXELS = MAX_PIXELS
+
+
+def fuzz_here(arguments: argparse.Namespace, kept: Path) -> None:
+    lower_limits()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # What decoders in C say of their input.
     fuzzer = Fuzzer(arguments.target, arguments.seed, kept)
     fuzzer.begin(arguments.memory)
@@ -645,7 +691,7 @@ def fuzz_with_atheris(arguments: argparse.Namespace, kept: Path) -> None:
 
     with atheris.instrument_imports(include=["shards"]):
         from shards import foreign, images, index, layouts, pack, plan, tarfiles, tokens, verify  # noqa: F401
-    images.MAX_PIXELS = MAX_PIXELS
+    lower_limits()
     fuzzer = Fuzzer(arguments.target, arguments.seed, kept)
     fuzzer.begin(arguments.memory)
     corpus = kept / f"{arguments.target}.corpus"
@@ -727,9 +773,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = arguments.kept or Path(tempfile.mkdtemp(prefix="pixloom-fuzz-"))
     kept.mkdir(parents=True, exist_ok=True)
     if arguments.repeat is not None:
-        from shards import images
-
-        images.MAX_PIXELS = MAX_PIXELS
+        lower_limits()
         print(TARGETS[arguments.target][0](arguments.repeat.read_bytes()))
         return 0
     if arguments.child:
