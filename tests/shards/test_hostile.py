@@ -412,7 +412,7 @@ def test_a_file_that_may_not_be_read_is_counted(make_pairs: MakePairs, tmp_path:
 
 
 ODD_NAMES = [
-    "new\nline", "carriage\rreturn", "tab\t", " ", "-rf", "--json", "a.b.c", "...x"[1:], "quote'\"",
+    "new\nline", "carriage\rreturn", "tab\t", " ", "-rf", "--json", "a.b.c", "quote'\"",
     "back\\slash", "per%00cent", "question?", "hash#", "colon:", "\u202eright to left", "caf\u00e9",
     "\x1b[31mred", "\x7f\x01", os.fsdecode(b"\xff\xfe"), "x" * 240, "CON", "pipe:cat", "$(touch x)",
 ]  # fmt: skip
@@ -422,18 +422,17 @@ def test_odd_names_are_packed_and_shown_on_one_line(
     make_pairs: MakePairs, tmp_path: Path, capsys: Capture
 ) -> None:
     raw, out = make_pairs(4), tmp_path / "out"
-    names = [name for name in ODD_NAMES if not name.startswith(".")]
-    for number, name in enumerate(names):
+    for number, name in enumerate(ODD_NAMES):
         (raw / f"{name}.png").write_bytes(encoded(noise(seed=100 + number)))
         (raw / f"{name}.gui").write_text(f"odd {number}")
         (raw / f"bad {name[:200]}.png").touch()
         (raw / f"bad {name[:200]}.gui").write_text("x")
     assert run(raw, out, "--split", "train=1") == 0
-    assert storage.load_manifest(str(out)).skips == {"empty": len(names)}
-    assert {f"{name}.png" for name in names} <= sources_of(out)
+    assert storage.load_manifest(str(out)).skips == {"empty": len(ODD_NAMES)}
+    assert {f"{name}.png" for name in ODD_NAMES} <= sources_of(out)
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
-    assert shown.isprintable() or shown[:-1].isprintable()
+    assert shown[:-1].isprintable()
     assert verify.main([str(out), "--deep", "--workers", "0"]) == 0
     assert sorted(path.name for path in out.iterdir()) == [
         "manifest.json", "plan.json", "tokenizer.json", "train",
