@@ -2,8 +2,8 @@
 
 Of the model it takes `encode(image_BCHW)`, a memory with the first state as `.start`, and
 `step(token_B, state, memory) -> (logits_BV, state)`. Memory and state are tensors, or tuples of
-such trees; dimension 0 of every tensor is the batch. `step` takes a memory of fewer rows than tokens
-and state, each for several of these in succession: the hypotheses of an image share its memory.
+such trees; dimension 0 of every tensor is the batch. `step` takes a memory of fewer rows than
+tokens and state, each for several of these in succession: an image's hypotheses share its memory.
 
 Tensor names carry their shape: B samples, K hypotheses of a sample, R = B * K rows of the model,
 C channels, H height, W width, V vocabulary, T tokens, S states of a grammar.
