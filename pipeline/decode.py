@@ -25,6 +25,10 @@ _FULL_ENOUGH = 0.9
 memory of those that stay"""
 
 
+_NO_NUMBER = -1e9
+"""in place of a log-probability that is NaN: a model that has diverged still gives some code"""
+
+
 class Decodable(Protocol):
     """What decoding takes of a model."""
 
@@ -184,7 +188,9 @@ def beam_search(
         if logits_RV.dtype != torch.float64:
             logits_RV = logits_RV.float()
         barred_RV = _barred(logits_RV, place_R, mask, max_tokens - 1 - position)
-        log_prob_RV = logits_RV.log_softmax(dim=1).masked_fill(barred_RV, -torch.inf)
+        log_prob_RV = logits_RV.log_softmax(dim=1)
+        log_prob_RV = log_prob_RV.nan_to_num(nan=_NO_NUMBER, neginf=-torch.inf)
+        log_prob_RV = log_prob_RV.masked_fill(barred_RV, -torch.inf)
         penalty = _length_penalty(position + 1, length_penalty)
         if position == max_tokens:
             ends_BK = (log_prob_RV.argmax(dim=1) == EOS).view_as(score_BK)
@@ -217,7 +223,6 @@ def beam_search(
         hope_BK = score_BK / _length_penalty(max_tokens + 1, length_penalty)
         score_BK = score_BK.masked_fill(hope_BK <= found.worst(sample_B), -torch.inf)
 
-        # NaN is kept running: a model that has diverged still gives a code to look at.
         running_B = (score_BK != -torch.inf).any(dim=1)
         num_running = int(running_B.sum())
         if not num_running:
