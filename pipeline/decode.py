@@ -3,8 +3,7 @@
 Of the model it takes `encode(image_BCHW)`, a memory with the first state as `.start`, and
 `step(token_B, state, memory) -> (logits_BV, state)`. Memory and state are tensors, or tuples of
 such trees; dimension 0 of every tensor is the batch. `step` takes a memory of fewer rows than
-tokens and state, each for several of these in succession: the hypotheses of an image share its
-memory.
+tokens and state, each for several of these in succession: an image's hypotheses share its memory.
 
 Tensor names carry their shape: B samples, K hypotheses of a sample, R = B * K rows of the model,
 C channels, H height, W width, V vocabulary, T tokens, S states of a grammar.
@@ -24,6 +23,10 @@ _Tree = TypeVar("_Tree")
 _FULL_ENOUGH = 0.9
 """share of samples still being decoded below which the others' rows are dropped: it copies the
 memory of those that stay"""
+
+
+_NO_NUMBER = -1e9
+"""in place of a log-probability that is NaN: a model that has diverged still gives some code"""
 
 
 class Decodable(Protocol):
@@ -185,7 +188,9 @@ def beam_search(
         if logits_RV.dtype != torch.float64:
             logits_RV = logits_RV.float()
         barred_RV = _barred(logits_RV, place_R, mask, max_tokens - 1 - position)
-        log_prob_RV = logits_RV.log_softmax(dim=1).masked_fill(barred_RV, -torch.inf)
+        log_prob_RV = logits_RV.log_softmax(dim=1)
+        log_prob_RV = log_prob_RV.nan_to_num(nan=_NO_NUMBER, neginf=-torch.inf)
+        log_prob_RV = log_prob_RV.masked_fill(barred_RV, -torch.inf)
         penalty = _length_penalty(position + 1, length_penalty)
         if position == max_tokens:
             ends_BK = (log_prob_RV.argmax(dim=1) == EOS).view_as(score_BK)
@@ -218,7 +223,6 @@ def beam_search(
         hope_BK = score_BK / _length_penalty(max_tokens + 1, length_penalty)
         score_BK = score_BK.masked_fill(hope_BK <= found.worst(sample_B), -torch.inf)
 
-        # NaN is kept running: a model that has diverged still gives a code to look at.
         running_B = (score_BK != -torch.inf).any(dim=1)
         num_running = int(running_B.sum())
         if not num_running:

@@ -282,19 +282,20 @@ def attend(
 
     Where there are fewer rows of keys than of queries, each is for several of these in succession.
     """
-    together = len(query_BATK) // max(len(key_BANK), 1)
-    if together > 1:
-        # As more queries of one row: keys and values are then read once.
-        rows_BJATK = query_BATK.unflatten(0, (-1, together))
-        seen_BATU = attend(rows_BJATK.transpose(1, 2).flatten(2, 3), key_BANK, value_BANU)
-        return seen_BATU.unflatten(2, (together, -1)).transpose(1, 2).flatten(0, 1)
-    if query_BATK.shape[2] > 1:
-        return functional.scaled_dot_product_attention(
+    length, together = query_BATK.shape[2], len(query_BATK) // max(len(key_BANK), 1)
+    if together > 1:  # as more queries of one row: keys and values are then read once
+        query_BATK = query_BATK.unflatten(0, (-1, together)).transpose(1, 2).flatten(2, 3)
+    if length > 1:
+        seen_BATU = functional.scaled_dot_product_attention(
             query_BATK, key_BANK, value_BANU, is_causal=is_causal, scale=1.0
         )
-    # On a CPU the fused form copies the keys in order to scale them: for the one query of a
-    # decoding step that takes four times as long as all the rest of it.
-    return (query_BATK @ key_BANK.transpose(2, 3)).softmax(dim=3) @ value_BANU
+    else:
+        # On a CPU the fused form copies the keys in order to scale them: for the one query of a
+        # decoding step that takes four times as long as all the rest of it.
+        seen_BATU = (query_BATK @ key_BANK.transpose(2, 3)).softmax(dim=3) @ value_BANU
+    if together > 1:
+        seen_BATU = seen_BATU.unflatten(2, (together, length)).transpose(1, 2).flatten(0, 1)
+    return seen_BATU
 
 
 def merge_heads(feature_BATU: Tensor) -> Tensor:

@@ -194,3 +194,17 @@ def test_a_mask_leaves_the_scores_of_what_it_lets_pass(seed: int) -> None:
         assert short
         wanted = {tuple(one.tokens): one.score for one in expected if len(one.tokens) < 4}
         assert {tuple(one.tokens): one.score for one in short} == pytest.approx(wanted)
+
+
+def test_a_model_that_has_diverged_is_decoded_all_the_same() -> None:
+    tokenizer = char_tokenizer("[a,b]")
+    known = TokenGrammar(Grammar.parse(LISTS, "g"), tokenizer, 6)
+    model, image_BCHW = seq2seq(0, tokenizer.get_vocab_size()), images(0, 3)
+    with torch.no_grad():
+        model.head.bias.fill_(math.nan)
+    assert greedy(model, image_BCHW, 6) == [[], [], []]
+    assert [one[0].tokens for one in beam_search(model, image_BCHW, 6, beam_size=4)] == [[], [], []]
+    masked = [
+        one[0].tokens for one in beam_search(model, image_BCHW, 6, beam_size=4, mask=known.mask)
+    ]
+    assert all(map(known.accepts, [*masked, *greedy(model, image_BCHW, 6, mask=known.mask)]))
