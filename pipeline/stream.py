@@ -162,12 +162,15 @@ class SampleReader:
         samples = self.shards[shard].entry.samples
 
         def parse(text: str, url: str) -> list[SampleSpan]:
-            spans = parse_index(text, url, self.shards[shard].entry.bytes)
-            if len(spans) != samples:
-                raise UserError(
-                    f"{url}: {len(spans)} samples, the manifest says {samples}; "
-                    "run `pixloom verify` on the dataset"
-                )
+            try:
+                spans = parse_index(text, url, self.shards[shard].entry.bytes)
+                if len(spans) != samples:
+                    raise FormatError(f"{url}: {len(spans)} samples, the manifest says {samples}")
+            except FormatError as error:
+                raise FormatError(
+                    f"{error}; run `pixloom verify` on the dataset: it is damaged, or the dataset "
+                    "was replaced after this run had begun"
+                ) from error
             return spans
 
         return self._read_text(shard, self.shards[shard].entry.index_name, parse, outlook)

@@ -145,7 +145,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     num_samples = sum(1 for _ in images_in(raw))
     # A task is a shard: a few of them for each worker.
     words += ["--split", "train=1", "--workers", str(workers)]
-    words += ["--shard-samples", str(max(1, num_samples // 16))]
+    words += ["--shard-samples", str(-(-num_samples // 16))]
     # To look at the memory takes time.
     with _memory() if request["memory"] else contextlib.nullcontext([0.0]) as most_MB:
         start_s = time.perf_counter()

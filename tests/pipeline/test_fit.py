@@ -183,7 +183,7 @@ def test_prediction_and_export_fit_images_as_training_did(
             raw = differing.parent / "raw" / json.loads(bytes(members["json"]))["source"]
             pixels = trained.pixels(raw.read_bytes())
             assert np.array_equal(pixels, batch.image_BCHW[place].permute(1, 2, 0).numpy())
-        assert trained.reconstructions([pixels])[0][0].shape == (32, 48, 3)
+        assert trained.reconstructions(["one"], [pixels])[0][0].shape == (32, 48, 3)
 
 
 def test_an_export_without_the_keys_is_of_the_packed_size(
