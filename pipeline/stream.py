@@ -162,15 +162,16 @@ class SampleReader:
         samples = self.shards[shard].entry.samples
 
         def parse(text: str, url: str) -> list[SampleSpan]:
+            hint = (
+                "run `pixloom verify` on the dataset: it is damaged, or the dataset was replaced "
+                "after this run had begun"
+            )
             try:
                 spans = parse_index(text, url, self.shards[shard].entry.bytes)
-                if len(spans) != samples:
-                    raise FormatError(f"{url}: {len(spans)} samples, the manifest says {samples}")
             except FormatError as error:
-                raise FormatError(
-                    f"{error}; run `pixloom verify` on the dataset: it is damaged, or the dataset "
-                    "was replaced after this run had begun"
-                ) from error
+                raise FormatError(f"{error}; {hint}") from error
+            if len(spans) != samples:
+                raise UserError(f"{url}: {len(spans)} samples, the manifest says {samples}; {hint}")
             return spans
 
         return self._read_text(shard, self.shards[shard].entry.index_name, parse, outlook)
