@@ -284,7 +284,8 @@ def attend(
     """
     length, together = query_BATK.shape[2], len(query_BATK) // max(len(key_BANK), 1)
     if together > 1:  # as more queries of one row: keys and values are then read once
-        query_BATK = query_BATK.unflatten(0, (-1, together)).transpose(1, 2).flatten(2, 3)
+        shape = (len(key_BANK), together, *query_BATK.shape[1:])
+        query_BATK = query_BATK.reshape(shape).transpose(1, 2).flatten(2, 3)
     if length > 1:
         seen_BATU = functional.scaled_dot_product_attention(
             query_BATK, key_BANK, value_BANU, is_causal=is_causal, scale=1.0
@@ -294,7 +295,8 @@ def attend(
         # decoding step that takes four times as long as all the rest of it.
         seen_BATU = (query_BATK @ key_BANK.transpose(2, 3)).softmax(dim=3) @ value_BANU
     if together > 1:
-        seen_BATU = seen_BATU.unflatten(2, (together, length)).transpose(1, 2).flatten(0, 1)
+        shape = (*seen_BATU.shape[:2], together, length, seen_BATU.shape[3])
+        seen_BATU = seen_BATU.reshape(shape).transpose(1, 2).flatten(0, 1)
     return seen_BATU
 
 
