@@ -149,6 +149,8 @@ def _read_tags(
     data: bytes, at: int, order: str, is_big: bool
 ) -> tuple[dict[int, tuple[int, ...]], int]:
     """The values of the tags that matter, and where the next page is described; 0 without one."""
+    if at > len(data):
+        raise ImageRefused("truncated")
     (num_tags,) = struct.unpack_from(order + ("Q" if is_big else "H"), data, at)
     if num_tags > _MAX_TAGS:
         raise ImageRefused("corrupt")
@@ -169,6 +171,8 @@ def _read_tags(
         values = f"{order}{count}{_TYPES[kind]}"
         if struct.calcsize(values) > word_bytes:
             (value_at,) = struct.unpack_from(order + word, data, value_at)
+            if value_at > len(data):
+                raise ImageRefused("truncated")
         tags[code] = struct.unpack_from(values, data, value_at)
     (following,) = struct.unpack_from(order + word, data, at)
     return tags, following

@@ -140,7 +140,9 @@ def load_tokenizer(text: str, where: str) -> Tokenizer:
     tokenizer.encode_special_tokens = True
     try:
         encode(tokenizer, "\ue000 \ue001")
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # The library's panics are no Exception.
         raise UserError(f"{where}: cannot encode a word that is not in it ({error})") from error
     return tokenizer
 
