@@ -597,3 +597,7 @@ def test_an_older_pixloom_would_say_that_it_cannot_read_arrays(tmp_path: Path) -
     assert Manifest.from_json(text, "here").image.encode == "npy"
     with pytest.raises(FormatError, match="format version 3, this pixloom reads up to 2"):
         Manifest.from_json(text.replace('"version": 2', '"version": 3'), "here")
+
+
+def test_a_page_behind_the_end_of_any_file() -> None:
+    assert refusal(struct.pack("<2sHHHQ", b"II", 43, 8, 0, 2**63 + 1)) == "truncated"

@@ -1,4 +1,5 @@
 import io
+import json
 import random
 from collections.abc import Iterator
 
@@ -189,3 +190,11 @@ def test_a_vocabulary_keeps_to_its_size() -> None:
         tokenizer = tokens.load_tokenizer(train_some(counts, 1, 6), "here")
         kept = [tokenizer.id_to_token(at) for at in range(tokenizer.get_vocab_size())]
         assert kept == [*SPECIAL_TOKENS, "a", "b"]
+
+
+def test_a_file_over_which_the_library_panics(capfd: pytest.CaptureFixture[str]) -> None:
+    body = json.loads(tokens.train_char_tokenizer({"a": 1}, 1, None))
+    body["post_processor"]["single"][1] = {"Sequence": {"id": "B", "type_id": 0}}
+    with pytest.raises(UserError, match="here: cannot encode"):
+        tokens.load_tokenizer(json.dumps(body), "here")
+    assert "panicked" in capfd.readouterr().err  # the library's own words, on stderr
