@@ -49,11 +49,12 @@ class Seq2SeqConfig:
     num_heads: int = 8
     """Attention heads; they divide `hidden_dim`."""
     dropout: float = 0.1
-    """Share of embedding and hidden features dropped in training, in [0,1)."""
+    """Share of embedding and hidden features, and of a vector memory, dropped in training, in
+    [0,1)."""
     latent_dropout: float = 0.5
-    """Share of the image summary dropped in training, in [0,1): what is left to find by attention
-    generalises, what is read off the summary is learnt sooner and by heart. With a vector memory
-    there is nothing else: take 0.1, say."""
+    """Spatial memory: share of training samples that are decoded without the image summary, in
+    [0,1): what must be found by attention generalises, what is read off the summary is learnt
+    sooner and by heart."""
     max_tokens: int = 256
     """The longest code that decoding writes, `<bos>` and `<eos>` not counted."""
     label_smoothing: float = 0.0
@@ -180,7 +181,6 @@ class Seq2Seq(nn.Module):
         self.summary = nn.Linear(cells * feature_dim, config.latent_dim)
         self.num_heads = attention_layers * config.num_heads
         self.dropout = nn.Dropout(config.dropout)
-        self.latent_dropout = nn.Dropout(config.latent_dropout)
 
     def forward(self, image_BCHW: Tensor, token_MT: Tensor) -> Tensor:
         """Teacher-forced logits.
@@ -215,8 +215,13 @@ class Seq2Seq(nn.Module):
             image_BCHW = torch.cat([grid.standardise(image_BCHW), coordinates_BCHW], dim=1)
         grid_BFHW = self.encoder(image_BCHW)
         feature_BNF = grid_BFHW.flatten(2).transpose(1, 2)
-        # Dropped once for all tokens of a sample, or the decoder would average over them.
-        latent_BL = self.latent_dropout(self.summary((self.pool_SN @ feature_BNF).flatten(1)))
+        latent_BL = self.summary((self.pool_SN @ feature_BNF).flatten(1))
+        if not self.attends:
+            latent_BL = self.dropout(latent_BL)
+        elif self.training and self.config.latent_dropout:
+            # All of it or nothing: from a half of it, the decoder could still read what it wants.
+            chance_B1 = torch.rand(len(latent_BL), 1, device=latent_BL.device)
+            latent_BL = latent_BL * (chance_B1 >= self.config.latent_dropout)
         start = self._start(latent_BL)
         if not self.attends:
             nothing_BANU = latent_BL.new_zeros(len(latent_BL), self.num_heads, 0, 1)
