@@ -14,9 +14,6 @@ of the VAE, FOLDER/vae-samples.png.
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tarfile
 from collections.abc import Sequence
@@ -33,7 +30,9 @@ import torch
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from runs import call, machine, rows_of, trained  # noqa: E402
 
 from pipeline.build import open_split  # noqa: E402
 from pipeline.config import config_of, read_toml  # noqa: E402
@@ -48,7 +47,6 @@ from pipeline.stream import ValidationPlans  # noqa: E402
 CONFIG = ROOT / "launch" / "configs" / "cifar10.toml"
 SOURCE = ROOT.parent / "shared" / "data" / "cifar10-train-20k.tar"
 VAE = ["--model.variational", "true", "--model.kl_weight", 0.02, "--model.kl_warmup", 0.2]
-STOPPED = 75  # what training ends with when it was asked to stop
 COLUMNS = 12
 
 
@@ -69,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     train, test = (images_of(work, split) for split in ("train", "test"))
     mean, basis = pca(train, work)
 
-    rows, pictures = [], {"original": test}
+    rows: list[dict[str, Any]] = []
+    pictures = {"original": test}
     for size in map(int, arguments.latents.split(",")):
         found = with_pca(test, mean, basis[:, :size])
-        run = trained(work, f"latent-{size}", size, arguments)
+        run = run_of(work, f"latent-{size}", size, arguments)
         rows.append({"latent": size, "pca": figures(found, test), "ours": measured(run)})
         pictures[f"PCA {size}"] = found
         pictures[f"ours {size}"] = reconstructed(run, test)
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     (work / "table.md").write_text(table(rows))
     draw(pictures, work / "grid.png")
     if arguments.vae:
-        run = trained(work, f"vae-{arguments.vae}", arguments.vae, arguments, *VAE)
+        run = run_of(work, f"vae-{arguments.vae}", arguments.vae, arguments, *VAE)
         call("-m", "pipeline.latents", run, "--samples", work / "vae-samples.png")
         result["vae"] = {"latent": arguments.vae, **measured(run)}
     print(table(rows), file=sys.stderr)
@@ -143,19 +142,17 @@ def figures(found: NDArray[np.float32], images: NDArray[np.float32]) -> dict[str
     }
 
 
-def trained(
-    work: Path, name: str, size: int, arguments: argparse.Namespace, *words: object
-) -> Path:
-    """A run that is at its end; one that was killed goes on, one that is done is left alone."""
+def run_of(work: Path, name: str, size: int, arguments: argparse.Namespace, *words: object) -> Path:
+    """A run that is at its end, measured on the test split."""
     run = work / name
+    length = ["--run.epochs", arguments.epochs, "--run.steps", 0] if arguments.epochs else []
+    trained(
+        run, "--config", CONFIG, "--data.url", work / "shards", "--run.seed", arguments.seed,
+        "--model.latent_dim", size,
+        "--batch.micro_size", 64,  # one process has no need of smaller ones
+        *length, *words,
+    )  # fmt: skip
     if not (run / "validate-test.json").is_file():
-        length = ["--run.epochs", arguments.epochs, "--run.steps", 0] if arguments.epochs else []
-        call(
-            "-m", "pipeline.train", "--config", CONFIG, "--data.url", work / "shards",
-            "--run.dir", run, "--run.seed", arguments.seed, "--model.latent_dim", size,
-            "--batch.micro_size", 64,  # one process has no need of smaller ones
-            *length, *words,
-        )  # fmt: skip
         call("-m", "pipeline.validate", run, "--split", "test")
     return run
 
@@ -166,8 +163,7 @@ def measured(run: Path) -> dict[str, float]:
     Without validation and start, but over kills: a step that was done twice counts once.
     """
     metrics: dict[str, Any] = json.loads((run / "validate-test.json").read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    speed = {row["step"]: row["samples_per_s"] for row in lines if "samples_per_s" in row}
+    speed = {row["step"]: row["samples_per_s"] for row in rows_of(run) if "samples_per_s" in row}
     steps = sorted(speed)
     batch = read_toml(str(run / "config.toml"))["batch"]["global_size"]
     seconds = sum(
@@ -220,30 +216,6 @@ def draw(pictures: dict[str, NDArray[np.float32]], path: Path) -> None:
         cells[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-    }
-
-
-def call(*words: object) -> None:
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    status = subprocess.run(
-        [sys.executable, *map(str, words)],
-        check=False,
-        cwd=ROOT,
-        env=environment,
-        stdout=sys.stderr,
-    ).returncode
-    if status == STOPPED:
-        raise SystemExit("stopped; start again with the same --work to go on")
-    if status:
-        raise SystemExit(f"{words[1]}: exit status {status}")
 
 
 if __name__ == "__main__":
