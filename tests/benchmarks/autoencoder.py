@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from runs import call, machine, rows_of, trained  # noqa: E402
+from runs import call, machine, trained  # noqa: E402
 
 from pipeline.build import open_split  # noqa: E402
 from pipeline.config import config_of, read_toml  # noqa: E402
@@ -41,6 +41,7 @@ from pipeline.export import open_run  # noqa: E402
 from pipeline.latents import spread  # noqa: E402
 from pipeline.metrics import psnr  # noqa: E402
 from pipeline.models import Autoencoder  # noqa: E402
+from pipeline.runlog import read_rows  # noqa: E402
 from pipeline.ssim import ssim  # noqa: E402
 from pipeline.stream import ValidationPlans  # noqa: E402
 
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(rows), file=sys.stderr)
     if arguments.json:
         print(json.dumps(result))
-    return int(any(row["ours"]["mse"] >= row["pca"]["mse"] for row in rows))
+    return int(not all(row["ours"]["mse"] < row["pca"]["mse"] for row in rows))
 
 
 def pack(source: Path, work: Path) -> None:
@@ -144,7 +145,7 @@ def figures(found: NDArray[np.float32], images: NDArray[np.float32]) -> dict[str
 
 def run_of(work: Path, name: str, size: int, arguments: argparse.Namespace, *words: object) -> Path:
     """A run that is at its end, measured on the test split."""
-    run = work / name
+    run = work / f"{name}-seed-{arguments.seed}"
     length = ["--run.epochs", arguments.epochs, "--run.steps", 0] if arguments.epochs else []
     trained(
         run, "--config", CONFIG, "--data.url", work / "shards", "--run.seed", arguments.seed,
@@ -160,10 +161,10 @@ def run_of(work: Path, name: str, size: int, arguments: argparse.Namespace, *wor
 def measured(run: Path) -> dict[str, float]:
     """The test metrics of a run, and the seconds that its steps took, by its log.
 
-    Without validation and start, but over kills: a step that was done twice counts once.
+    Without validation and start.
     """
     metrics: dict[str, Any] = json.loads((run / "validate-test.json").read_text())
-    speed = {row["step"]: row["samples_per_s"] for row in rows_of(run) if "samples_per_s" in row}
+    speed = {row["step"]: row["samples_per_s"] for row in read_rows(run) if "samples_per_s" in row}
     steps = sorted(speed)
     batch = read_toml(str(run / "config.toml"))["batch"]["global_size"]
     seconds = sum(

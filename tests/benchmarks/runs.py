@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[2]
-STOPPED = 75  # what training ends with when it was asked to stop
+STOPPED, INTERRUPTED = 75, 130  # what training ends with when it was asked to stop, or by Ctrl-C
 
 
 def call(*words: object, log: Path | None = None) -> str:
@@ -36,7 +36,7 @@ def call(*words: object, log: Path | None = None) -> str:
     finally:
         if log:
             out.close()
-    if done.returncode in (STOPPED, -signal.SIGINT, -signal.SIGTERM):
+    if done.returncode in (STOPPED, INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
         raise SystemExit("stopped; start again with the same --work to go on")
     if done.returncode:
         raise SystemExit(
@@ -47,25 +47,25 @@ def call(*words: object, log: Path | None = None) -> str:
 
 def trained(run: Path, *words: object, log: Path | None = None) -> float:
     """Trains `run` to its end, unless it is there; returns the seconds that took, wall clock, with
-    start, validations and checkpoints, over all its lives that ended by themselves."""
-    spent = run / "seconds.json"
+    start, validations and checkpoints, over all its lives that ended by themselves.
+
+    Raises:
+        SystemExit: it failed or was stopped; or its end was reached with other words.
+    """
+    spent, done, said = run / "seconds.json", run / "done", " ".join(map(str, words))
     seconds: float = json.loads(spent.read_text()) if spent.is_file() else 0.0
-    if not (run / "done").is_file():
+    if done.is_file() and done.read_text() != said:
+        raise SystemExit(f"{run}: was trained with {done.read_text()}; give another --work")
+    if not done.is_file():
         start_s = time.perf_counter()
         try:
             call("-m", "pipeline.train", *words, "--run.dir", run, log=log)
-            (run / "done").touch()
+            done.write_text(said)
         finally:
             seconds += time.perf_counter() - start_s
             if run.is_dir():
                 spent.write_text(json.dumps(seconds))
     return seconds
-
-
-def rows_of(run: Path) -> list[dict[str, Any]]:
-    """What the run logged. Of a step that was done twice, the later row."""
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return list({(row.get("step"), row.get("split")): row for row in rows}.values())
 
 
 def machine() -> dict[str, Any]:

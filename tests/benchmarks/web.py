@@ -9,7 +9,7 @@ one thread (launch/configs/pix2code-web.toml, and the flags of `CASES`), and mea
 checkpoint of the validation split on the test split: greedily, with the grammar's mask, and for the
 first case by beam search. In the split `skeletons` no layout of the test split (a program, colours
 ignored) is in training. FOLDER keeps everything: killed and started again, the campaign goes on
-where it was, inside a run too. It ends with FOLDER/table.md and FOLDER/curves.png.
+where it was, inside a run too. FOLDER/table.md and FOLDER/curves.png tell of all that is there.
 
 `--json` prints one JSON object on stdout's last line.
 """
@@ -21,7 +21,7 @@ import random
 import shutil
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +36,10 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from runs import call, machine, rows_of, trained  # noqa: E402
+from runs import call, machine, trained  # noqa: E402
 
 from pipeline.grammar import Grammar  # noqa: E402
+from pipeline.runlog import read_rows  # noqa: E402
 
 CONFIG = ROOT / "launch" / "configs" / "pix2code-web.toml"
 SOURCE = ROOT.parent / "shared" / "data" / "pix2code-web" / "train"
@@ -72,8 +73,8 @@ class Case:
     decodings: tuple[str, ...] = ("greedy", "mask")
 
 
-FEW_FLAGS = ("--run.steps", "2000", "--optim.warmup_steps", "600")
-TUNE_FLAGS = ("--run.steps", "600", "--optim.schedule", "linear", "--optim.warmup_steps", "50",
+FEW_FLAGS = ("--run.steps", "1200", "--validate.every_steps", "200")
+TUNE_FLAGS = ("--run.steps", "400", "--optim.schedule", "linear", "--optim.warmup_steps", "50",
               "--optim.lr", "3e-4", "--validate.every_steps", "100")  # fmt: skip
 CASES = {
     "programs": Case("LSTM, attention", "programs", decodings=tuple(DECODINGS)),
@@ -82,11 +83,10 @@ CASES = {
         "LSTM, vector memory", "programs",
         ("--model.memory", "vector"),
     ),
-    # Its steps take half as long again: two layers, and fewer of them, to be as long at it.
+    # Its steps take half as long again.
     "transformer": Case(
         "Transformer, two layers", "programs",
-        ("--model.decoder", "transformer", "--model.num_layers", "2",
-         "--run.steps", "2800", "--optim.warmup_steps", "900"),
+        ("--model.decoder", "transformer", "--model.num_layers", "2"),
     ),
     "gru": Case("GRU, attention", "programs", ("--model.decoder", "gru")),
     "bpe": Case("LSTM, attention; byte pairs", "bpe"),
@@ -95,9 +95,9 @@ CASES = {
         f"{FEW} programs, scheduled sampling", "few",
         (*FEW_FLAGS, "--model.sampling_share", "0.25"),
     ),
-    "few-longer": Case(f"{FEW} programs, then 600 steps more", "few", TUNE_FLAGS, after="few"),
+    "few-longer": Case(f"{FEW} programs, then 400 steps more", "few", TUNE_FLAGS, after="few"),
     "few-risk": Case(
-        f"{FEW} programs, then 600 steps of minimum risk", "few",
+        f"{FEW} programs, then 400 steps of minimum risk", "few",
         (*TUNE_FLAGS, "--model.risk_weight", "1"), after="few",
     ),
 }  # fmt: skip
@@ -124,22 +124,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         pack(data, arguments.source.resolve(), work)
 
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    found: dict[str, list[dict[str, Any]]] = {}
     # Those that start from another case's end come when that is there.
     first = dict.fromkeys(CASES[name].after or name for name in names)
     for round_ in (first, [name for name in names if name not in first]):
         jobs = [(name, seed) for name in round_ for seed in seeds]
         with ThreadPoolExecutor(arguments.at_once) as pool:
-            results = pool.map(lambda job: measure(job[0], job[1], work, arguments.steps), jobs)
-            for (name, _), result in zip(jobs, results, strict=True):
-                found.setdefault(name, []).append(result)
-    found = {name: found[name] for name in CASES if name in found}
+            list(pool.map(lambda job: measure(job[0], job[1], work, arguments.steps), jobs))
+    found = results(work)
     text = table(found)
     (work / "table.md").write_text(text)
-    draw(work, found, seeds)
+    draw(work, found)
     print(text, file=sys.stderr)
     if arguments.json:
-        print(json.dumps({"cases": found, "seeds": seeds, **machine()}))
+        print(json.dumps({"cases": found, **machine()}))
     return 0
 
 
@@ -174,8 +171,8 @@ def by_skeleton(source: Path, out: Path) -> Path:
     return out
 
 
-def measure(name: str, seed: int, work: Path, steps: int | None) -> dict[str, Any]:
-    """Metrics of the test split by decoding, and the minutes of training."""
+def measure(name: str, seed: int, work: Path, steps: int | None) -> None:
+    """Leaves the metrics of the test split, by decoding, in the run's test.json."""
     case = CASES[name]
     run, log = work / "runs" / f"{name}-{seed}", work / "logs" / f"{name}-{seed}.log"
     words: list[object] = ["--config", CONFIG, "--data.url", work / "shards" / case.data]
@@ -184,12 +181,13 @@ def measure(name: str, seed: int, work: Path, steps: int | None) -> dict[str, An
         words += ["--run.steps", steps, "--optim.schedule", "constant", "--optim.warmup_steps", 0]
     if case.after:
         start = work / "exports" / f"{case.after}-{seed}"
-        if not start.is_dir():
+        if not (start / "config.json").is_file():
             before = work / "runs" / f"{case.after}-{seed}"
-            call("-m", "pipeline.checkpoint", "export", before, "--out", start, log=log)
+            export = ["-m", "pipeline.checkpoint", "export", before, "--out", start]
+            call(*export, "--overwrite", log=log)
         words += ["--run.init", start]
-    print(f"{name}, seed {seed}: training", file=sys.stderr, flush=True)
-    seconds = trained(run, *words, log=log)
+    say(f"{name}, seed {seed}: training")
+    trained(run, *words, log=log)
     kept = run / "test.json"
     figures: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
     for decoding in case.decodings:
@@ -198,9 +196,24 @@ def measure(name: str, seed: int, work: Path, steps: int | None) -> dict[str, An
             validate = ["-m", "pipeline.validate", run, "--split", "test", "--json", *flags]
             figures[decoding] = json.loads(call(*validate, log=log).splitlines()[-1])
             kept.write_text(json.dumps(figures, indent=1))
-    exact = figures["greedy"]["exact_match"]
-    print(f"{name}, seed {seed}: exact {exact:.4f}, {seconds / 60:.1f} min", file=sys.stderr)
-    return {"seed": seed, "seconds": round(seconds, 1), "test": figures}
+    say(f"{name}, seed {seed}: exact {figures['greedy']['exact_match']:.4f}")
+
+
+def say(line: str) -> None:
+    sys.stderr.write(line + "\n")  # at once, unlike print: threads talk at the same time
+    sys.stderr.flush()
+
+
+def results(work: Path) -> dict[str, list[dict[str, Any]]]:
+    """What is measured in the folder: of each case, its seeds, minutes and metrics."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in CASES:
+        for path in sorted((work / "runs").glob(f"{name}-[0-9]*/test.json")):
+            seconds = json.loads(path.with_name("seconds.json").read_text())
+            seed = int(path.parent.name.removeprefix(f"{name}-"))
+            test = json.loads(path.read_text())
+            found.setdefault(name, []).append({"seed": seed, "seconds": seconds, "test": test})
+    return found
 
 
 COLUMNS = ("exact_match", "token_error_rate", "positional_error", "bleu4", "validity",
@@ -227,14 +240,14 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(work: Path, found: Iterable[str], seeds: Sequence[int]) -> None:
+def draw(work: Path, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Exact match of the validation split over the steps, a line for each run."""
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for number, name in enumerate(found):
-        for seed in seeds:
-            rows = [row for row in rows_of(work / "runs" / f"{name}-{seed}") if "split" in row]
-            points = [(row["step"], row["exact_match"]) for row in rows]
-            label = CASES[name].title if seed == seeds[0] else None
+    for number, (name, runs) in enumerate(found.items()):
+        for place, run in enumerate(runs):
+            rows = read_rows(work / "runs" / f"{name}-{run['seed']}")
+            points = [(row["step"], row["exact_match"]) for row in rows if "split" in row]
+            label = None if place else CASES[name].title
             axes.plot(*zip(*points, strict=True), f"C{number}", marker=".", label=label)
     axes.set(xlabel="step", ylabel="exact match, validation, greedy", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
