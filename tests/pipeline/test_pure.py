@@ -143,6 +143,10 @@ def test_better_knows_its_direction() -> None:
 def test_psnr() -> None:
     assert psnr(0.01) == pytest.approx(20.0)
     assert psnr(0.0) == math.inf
+    assert psnr(math.inf) == -math.inf
+    # Of a model that has diverged: no checkpoint of it may be the best.
+    assert math.isnan(psnr(math.nan))
+    assert not is_better("psnr_of_mean_mse", psnr(math.nan), None)
 
 
 GOLDEN_KEY = 263666187971425167825063204971014364294
