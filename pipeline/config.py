@@ -56,6 +56,7 @@ class RunConfig:
             raise ValueError("run.steps, run.epochs: set exactly one of them above 0")
         _at_least("run.steps", self.steps, 0)
         _at_least("run.epochs", self.epochs, 0)
+        _at_least("run.max_time_s", self.max_time_s, 0)
         _at_least("run.log_every_steps", self.log_every_steps, 1)
 
 
@@ -410,7 +411,8 @@ def to_toml(config: Config) -> str:
             *(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()),
         ]
         lines.append("")
-    return "\n".join(lines)
+    # Strings of TOML are those of JSON, but for this character, which JSON leaves as it is.
+    return "\n".join(lines).replace("\x7f", "\\u007f")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -528,4 +530,5 @@ def _shown(default: object) -> str:
 
 def _at_least(key: str, value: float, least: float) -> None:
     if not least <= value < math.inf:
-        raise ValueError(f"{key} = {value}: must be at least {least}")
+        finite = " and finite" if isinstance(value, float) else ""
+        raise ValueError(f"{key} = {value}: must be at least {least}{finite}")

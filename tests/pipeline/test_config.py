@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from pipeline.config import (
     Config,
@@ -13,6 +15,7 @@ from pipeline.config import (
     config_of,
     differences,
     parse_flags,
+    read_toml,
     to_dict,
     to_toml,
 )
@@ -37,6 +40,29 @@ def test_shipped_configurations_are_valid_and_survive_being_saved(
     config = read(tmp_path, path.read_text())
     assert read(tmp_path, to_toml(config)) == config
     assert config_of(json.loads(json.dumps(to_dict(config))), "json") == config
+
+
+NUMBERS = st.floats(min_value=0, allow_infinity=False)
+SHARES = st.floats(min_value=0, max_value=1, exclude_max=True)
+
+
+@example(text="\x7f\x00\x85\u2028\ufeff'\"\\\r\n", number=5e-324, share=-0.0)
+@given(text=st.text(), number=NUMBERS, share=SHARES)
+def test_what_is_saved_is_read_again(
+    text: str, number: float, share: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    sections = {
+        "run": {"dir": text, "steps": 1, "init": text, "max_time_s": number},
+        "data": {"urls": [f"a{text}", "b"], "weights": [number + 1, 5e-324], "cache_dir": text},
+        "model": {"dropout": share, "risk_weight": number, "channels": [2**70, 1]},
+        "optim": {"lr": number or 1, "beta2": share, "ema_decay": share, "clip_norm": number},
+        "validate": {"grammar": text, "length_penalty": number, "metric": text},
+        "checkpoint": {"url": text},
+    }
+    config = config_of(sections, "it")
+    path = tmp_path_factory.getbasetemp() / "saved.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert config_of(read_toml(str(path)), "saved.toml") == config
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
@@ -91,6 +117,9 @@ def test_a_mistake_is_one_line_that_names_file_and_key(
     [
         (["--optim.lrr", "1"], r"unknown flag --optim\.lrr; did you mean --optim\.lr\?"),
         (["--run.steps", "many"], r"run\.steps = 'many': must be int"),
+        (["--run.max_time_s", "inf"], r"run\.max_time_s = inf: must be at least 0 and finite"),
+        (["--run.max_time_s", "nan"], r"run\.max_time_s = nan: must be at least 0 and finite"),
+        (["--run.max_time_s", "-1"], r"run\.max_time_s = -1\.0: must be at least 0"),
         (["--run.deterministic", "yes"], r"run\.deterministic = 'yes': must be bool"),
         (["extra"], r"unexpected argument 'extra'"),
     ],
