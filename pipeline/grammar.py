@@ -122,7 +122,7 @@ class Grammar:
             folder = importlib.resources.files("pipeline") / "grammars"
             return cls.parse((folder / f"{name}.ebnf").read_text(encoding="utf-8"), name)
         try:
-            text = Path(name).read_text(encoding="utf-8")
+            text = Path(name).read_text(encoding="utf-8-sig")  # Windows begins files with a mark
         except OSError as error:
             raise UserError(
                 f"{name}: cannot read the grammar ({error.strerror}); name a file, or one of "
@@ -135,7 +135,10 @@ class Grammar:
     @classmethod
     def parse(cls, text: str, where: str) -> "Grammar":
         """The grammar of a file's text. Raises `UserError` naming `where` and the line."""
-        return _Parser(text, where).grammar()
+        try:
+            return _Parser(text, where).grammar()
+        except RecursionError as error:
+            raise _too_deep(where) from error
 
     def skeleton(self, code: str) -> list[str]:
         """The words of `code`, those of a `@skeleton` rule as its name."""
@@ -165,7 +168,10 @@ class TokenGrammar:
         """
         self.grammar = grammar
         self.tokenizer = tokenizer
-        next_SV, accepting_S = _minimise(*_over_tokens(grammar, tokenizer))
+        try:
+            next_SV, accepting_S = _minimise(*_over_tokens(grammar, tokenizer))
+        except RecursionError as error:
+            raise _too_deep(grammar.where) from error
         distance_S = _distances(next_SV, accepting_S)
         if distance_S[0] > max_tokens:
             raise UserError(
@@ -214,6 +220,10 @@ class _Lexeme(NamedTuple):
     line: int
 
 
+def _too_deep(where: str) -> UserError:
+    return UserError(f"{where}: parentheses, repetitions or rules lie too deep in each other")
+
+
 class _Parser:
     """Recursive descent, one lexeme ahead."""
 
@@ -251,9 +261,9 @@ class _Parser:
         while at < len(text):
             found = _LEXEME.match(text, at)
             if found is None:
-                rest = text[at:].splitlines()[0]
+                rest = text[at : at + 40].partition("\n")[0]
                 unended = "a literal without its closing quote: " if rest[0] == '"' else ""
-                raise UserError(f"{self.where}, line {line}: {unended}cannot read {rest[:40]!r}")
+                raise UserError(f"{self.where}, line {line}: {unended}cannot read {rest!r}")
             if found.lastgroup != "blank":
                 yield _Lexeme(str(found.lastgroup), found[0], line)
             line += found[0].count("\n")

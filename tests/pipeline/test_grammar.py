@@ -63,6 +63,10 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         ('a = "x" ;\nb "y" ;', 'g.ebnf, line 2: = is missing after b, before "y"'),
         ('a = "x ;\n', "g.ebnf, line 1: a literal without its closing quote"),
         ('\na = "x" $ ;', "g.ebnf, line 2: cannot read '$ ;'"),
+        *(
+            (f'a = {char}"x" ;\n', "g.ebnf, line 1: cannot read " + repr(f'{char}"x" ;'))
+            for char in "\x0b\x0c\x1c\x1e\x85\u2028\u2029"
+        ),
         ('a = "\\q" ;', "g.ebnf, line 1: \\q in"),
         ("a = ;", "g.ebnf, line 1: nothing before ;"),
         ('a = "x" | ;', "g.ebnf, line 1: nothing before ;"),
@@ -87,12 +91,35 @@ def test_an_error_in_a_file_names_its_line(text: str, message: str, tmp_path: Pa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["parentheses", "repetitions", "rules"])
+def test_what_lies_too_deep_in_each_other_is_refused(kind: str) -> None:
+    tokenizer = trained("char", ["x"])
+
+    def known(depth: int) -> TokenGrammar:
+        rules = "".join(f"r{number} ;\nr{number} = " for number in range(depth))
+        text = {
+            "parentheses": f'a = {"(" * depth} "x" {")" * depth} ;',
+            "repetitions": f'a = "x" {"? " * depth} ;',
+            "rules": f'a = {rules} "x" ;',
+        }[kind]
+        return TokenGrammar(Grammar.parse(text, "g.ebnf"), tokenizer, 100)
+
+    assert known(50).accepts(ids_of(tokenizer, "x"))
+    with pytest.raises(UserError, match=r"^g\.ebnf: parentheses, repetitions or rules lie"):
+        known(2000)
+
+
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.ebnf: cannot read the grammar .*one of web"):
         Grammar.open("nowhere.ebnf")
     (tmp_path / "g.ebnf").write_bytes(b"\xff")
     with pytest.raises(UserError, match="not a grammar"):
         Grammar.open(str(tmp_path / "g.ebnf"))
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "g.ebnf").write_text('a = "x" ;', encoding="utf-8-sig")
+    assert list(Grammar.open(str(tmp_path / "g.ebnf")).rules) == ["a"]
 
 
 # --- the automaton --------------------------------------------------------------------------------
