@@ -16,6 +16,7 @@ Tensor names carry their shape: S states, V vocabulary, A symbols of an alphabet
 """
 
 import difflib
+import functools
 import importlib.resources
 import json
 import re
@@ -650,7 +651,7 @@ class _Words:
         self.vocab_size = vocab_size
         (self.next_SA, self.accepting_S), columns = _Compiler(grammar, _code_points).automaton()
         self.chars = [chr(symbol) for symbol in columns]
-        self.blanks = [at for at, char in enumerate(self.chars) if char.isspace()]
+        self.blanks = [at for at, char in enumerate(self.chars) if not tokens.words(char)]
         self.id_of = {text: at for at, text in text_of.items()}
         self.prefixes = {text[:end] for text in self.id_of for end in range(1, len(text) + 1)}
         self.distance_S = _distances(self.next_SA, self.accepting_S)
@@ -748,14 +749,18 @@ def _kind_of(word: str) -> str:
     """Of the beginning of a word, see `tokens.WORD_PATTERN`: what it may go on with."""
     if word[0] == "\\":
         return "command"
-    return "word" if re.match(r"\w", word) else ""
+    return "word" if _is_one_word(word[0] + "a") else ""
 
 
 def _continues(kind: str, char: str) -> bool:
     """Whether the character would be taken into a word of this kind that it follows."""
-    if kind == "command":
-        return char.isascii() and char.isalpha()
-    return kind == "word" and re.match(r"[\w-]", char) is not None
+    return kind != "" and _is_one_word({"command": "\\", "word": "a"}[kind] + char)
+
+
+@functools.cache
+def _is_one_word(text: str) -> bool:
+    """By the tokenizer itself: Python's letters, digits and white space are not quite its own."""
+    return tokens.words(text) == [text]
 
 
 def _parts(word: str) -> Iterator[str]:
