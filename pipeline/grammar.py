@@ -62,7 +62,8 @@ class Mask(NamedTuple):
 
     def barred(self, state_R: Tensor, num_left: int) -> Tensor:
         """RxV, True for what may not be written next, if `num_left` tokens at most may follow."""
-        return self.least_SV[state_R] > num_left
+        # Below `BARRED`, which stays barred; anything above it would wrap around in int16.
+        return self.least_SV[state_R] > min(num_left, BARRED - 1)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from pipeline.grammar import BARRED, Grammar, TokenGrammar
 from shards import synth, tokens
+from shards.format import EOS
 from shards.storage import UserError
 
 PROGRAMS = Path(__file__).parents[2].parent / "shared" / "data" / "pix2code-web" / "train"
@@ -230,6 +232,15 @@ def test_an_automaton_has_no_state_too_many_and_knows_the_way_out() -> None:
     assert by_char == {"x": BARRED, "a": 2, "b": BARRED, "c": 2, "d": 1, "y": 0}
     assert mask.least_SV[start, :4].tolist() == [BARRED, BARRED, -1, BARRED]
     assert mask.least_SV[0, :4].tolist() == [BARRED, BARRED, BARRED, BARRED]
+
+
+@pytest.mark.parametrize("num_left", [5, 2**15 - 1, 2**15, 2**16 + 5])
+def test_what_is_barred_stays_so_however_many_tokens_may_follow(num_left: int) -> None:
+    tokenizer = trained("char", ["xy"])
+    mask = TokenGrammar(Grammar.parse('a = "x"* ;', "g"), tokenizer, 100_000).mask
+    [barred_V] = mask.barred(torch.tensor([0]), num_left).tolist()
+    free = {EOS, tokenizer.token_to_id("x")}
+    assert [at for at, barred in enumerate(barred_V) if not barred] == sorted(free)
 
 
 @pytest.mark.parametrize(
