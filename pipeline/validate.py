@@ -96,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _validate(arguments: argparse.Namespace) -> int:
     run: Path = arguments.run
     with said_once():
+        if arguments.workers < 0:
+            raise UserError(f"--workers {arguments.workers}: 0 for none, or a number of them")
         config = with_decoding(config_of_run(run), arguments)
         chosen = checkpoint.choose(run, arguments.checkpoint)
         trained_on = Datasets.of(config.data)

@@ -169,6 +169,8 @@ def test_validate_names_what_is_missing(
     capsys.readouterr()
     assert validate.main([str(trained), "--data.url", str(tmp_path / "chars")]) == 2
     assert "packed with another tokenizer than" in error_line(capsys)
+    assert validate.main([str(trained), "--workers", "-1"]) == 2
+    assert "--workers -1: 0 for none, or a number of them" in error_line(capsys)
     assert validate.main([str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in error_line(capsys)
 
