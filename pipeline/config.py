@@ -298,18 +298,23 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     add("--beam", type=int, metavar="N", help="validate.beam [the run's]")
     add("--length-penalty", type=float, metavar="A", help="validate.length_penalty [the run's]")
     add("--grammar", metavar="NAME", help="validate.grammar: web, or a file [the run's]")
-    add("--no-mask", action="store_true", help="validate.mask = false")
+    add("--mask", action=argparse.BooleanOptionalAction,
+        help="write only what the grammar takes [with --grammar; else as the run]")  # fmt: skip
 
 
 def with_decoding(config: Config, arguments: argparse.Namespace) -> Config:
-    """The configuration, flags of `add_decoding_flags` in place of its keys. Raises `UserError`."""
+    """The configuration, flags of `add_decoding_flags` in place of its keys.
+
+    Raises:
+        UserError: a value out of range, or a flag that would change nothing.
+    """
     given = {
         name: value
-        for name in ("beam", "length_penalty", "grammar")
+        for name in ("beam", "length_penalty", "grammar", "mask")
         if (value := getattr(arguments, name)) is not None
     }
-    if arguments.no_mask:
-        given["mask"] = False
+    if "grammar" in given:
+        given.setdefault("mask", True)  # also where the run only measured
     try:
         return dataclasses.replace(config, validate=dataclasses.replace(config.validate, **given))
     except ValueError as error:

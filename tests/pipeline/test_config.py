@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from pipeline.config import (
     Config,
+    ValidateConfig,
     add_config_flags,
+    add_decoding_flags,
     config_from,
     config_of,
     differences,
@@ -18,6 +20,7 @@ from pipeline.config import (
     read_toml,
     to_dict,
     to_toml,
+    with_decoding,
 )
 from shards.storage import UserError
 
@@ -127,6 +130,24 @@ def test_a_mistake_is_one_line_that_names_file_and_key(
 def test_a_wrong_flag_names_the_nearest(tmp_path: Path, flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read(tmp_path, SMALL, *flags)
+
+
+def decoding(config: Config, *flags: str) -> ValidateConfig:
+    parser = argparse.ArgumentParser()
+    add_decoding_flags(parser)
+    return with_decoding(config, parser.parse_args(flags)).validate
+
+
+def test_a_grammar_that_is_asked_for_is_kept_to(tmp_path: Path) -> None:
+    measured = read(tmp_path, SMALL + "[validate]\ngrammar = 'web'\nmask = false\n")
+    assert not decoding(measured).mask
+    assert not decoding(measured, "--beam", "3").mask
+    assert decoding(measured, "--mask").mask
+    assert decoding(measured, "--grammar", "other.ebnf").mask
+    assert not decoding(measured, "--grammar", "web", "--no-mask").mask
+    kept_to = read(tmp_path, SMALL + "[validate]\ngrammar = 'web'\n")
+    assert decoding(kept_to).mask
+    assert not decoding(kept_to, "--no-mask").mask
 
 
 def test_a_value_where_a_section_belongs(tmp_path: Path) -> None:
