@@ -316,9 +316,20 @@ def with_decoding(config: Config, arguments: argparse.Namespace) -> Config:
     if "grammar" in given:
         given.setdefault("mask", True)  # also where the run only measured
     try:
-        return dataclasses.replace(config, validate=dataclasses.replace(config.validate, **given))
+        wanted = dataclasses.replace(config.validate, **given)
     except ValueError as error:
         raise UserError(str(error)) from error
+    # Of flags alone: a configuration may hold for later what nothing makes use of now.
+    mask = "--mask" if arguments.mask else "--no-mask"
+    for flag, is_given, has_use, need in (
+        ("--length-penalty", bool(arguments.length_penalty), wanted.beam > 1, "--beam above 1"),
+        (mask, arguments.mask is not None, bool(wanted.grammar), "--grammar"),
+    ):
+        if is_given and not isinstance(config.model, Seq2SeqConfig):
+            raise UserError(f"{flag}: model.name = {config.model.name} writes no code")
+        if is_given and not has_use:
+            raise UserError(f"{flag}: changes nothing without {need}")
+    return dataclasses.replace(config, validate=wanted)
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: typing.Sequence[str] | None) -> Any:

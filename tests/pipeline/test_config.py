@@ -150,6 +150,32 @@ def test_a_grammar_that_is_asked_for_is_kept_to(tmp_path: Path) -> None:
     assert not decoding(kept_to, "--no-mask").mask
 
 
+def test_a_flag_of_decoding_that_would_change_nothing_is_refused(tmp_path: Path) -> None:
+    plain = read(tmp_path, SMALL)
+    set_up = read(tmp_path, SMALL + "[validate]\nbeam = 4\nlength_penalty = 1.0\ngrammar = 'web'\n")
+    autoencoder = read(tmp_path, SMALL + "[model]\nname = 'autoencoder'\n")
+    writes_none = "model.name = autoencoder writes no code"
+    for config, flags, message in (
+        (plain, "--length-penalty 0.6", "--length-penalty: changes nothing without --beam above 1"),
+        (set_up, "--beam 1 --length-penalty 2", "--length-penalty: changes nothing without"),
+        (plain, "--no-mask", "--no-mask: changes nothing without --grammar"),
+        (plain, "--mask", "--mask: changes nothing without --grammar"),
+        (autoencoder, "--length-penalty 0.6", f"--length-penalty: {writes_none}"),
+        (autoencoder, "--no-mask", f"--no-mask: {writes_none}"),
+    ):
+        with pytest.raises(UserError) as caught:
+            decoding(config, *flags.split())
+        assert message in str(caught.value)
+    assert decoding(set_up, "--length-penalty", "2").length_penalty == 2
+    assert not decoding(set_up, "--no-mask").mask
+    assert decoding(plain, "--length-penalty", "0").beam == 1
+    # What a configuration holds may wait for its flag.
+    waiting = read(tmp_path, SMALL + "[validate]\nlength_penalty = 0.6\nmask = false\n")
+    assert decoding(waiting) == waiting.validate
+    assert decoding(set_up, "--beam", "1").length_penalty == 1
+    assert decoding(waiting, "--beam", "2").length_penalty == 0.6
+
+
 def test_a_value_where_a_section_belongs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"optim is a section; write \[optim\]"):
         read(tmp_path, "optim = 3\n" + SMALL)
