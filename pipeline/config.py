@@ -7,6 +7,7 @@ what needs the dataset is checked in `pipeline.build`.
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -489,11 +490,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             return text
         raise ValueError(f"{key} = {text!r}: choose one of {', '.join(map(str, inner))}")
     if origin is tuple:
-        items = (
-            [_Flag(word) for word in value.text.strip("()[] ").replace(",", " ").split()]
-            if isinstance(value, _Flag)
-            else value
-        )
+        items = _items(value.text) if isinstance(value, _Flag) else value
         if isinstance(items, list | tuple):
             return tuple(_convert(item, inner[0], key) for item in items)
     elif isinstance(value, _Flag):
@@ -508,7 +505,19 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return hint(value)
     shown = value.text if isinstance(value, _Flag) else value
     name = f"list of {inner[0].__name__}" if origin is tuple else hint.__name__
-    raise ValueError(f"{key} = {shown!r}: must be {name}")
+    raise ValueError(f"{key} = {shown!r}: must be {'true or false' if hint is bool else name}")
+
+
+def _items(text: str) -> list[Any]:
+    """Those of a list on the command line: as TOML has it, or bare between commas, else blanks."""
+    text = text.strip()
+    if text.startswith("["):
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            return list(tomllib.loads(f"list = {text}")["list"])
+    if (text[:1], text[-1:]) in (("[", "]"), ("(", ")")):
+        text = text[1:-1]
+    words = text.split(",") if "," in text else text.split()
+    return [_Flag(word.strip()) for word in words if word.strip()]
 
 
 def _nearest(word: str, known: list[str], prefix: str = "") -> str:

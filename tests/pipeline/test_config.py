@@ -77,6 +77,33 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert config.run.steps == 7
 
 
+@pytest.mark.parametrize(
+    ("text", "urls"),
+    [
+        ("/data/my shards,/data/b", ("/data/my shards", "/data/b")),
+        (" a, b,", ("a", "b")),
+        ("a b", ("a", "b")),
+        ('["/data/my shards", "b"]', ("/data/my shards", "b")),
+        ("['a, b', 'c [1]',]", ("a, b", "c [1]")),
+        ("[a,b]", ("a", "b")),
+        ("a,/data/b (old)", ("a", "/data/b (old)")),
+    ],
+)
+def test_a_list_is_written_as_in_toml_or_bare(
+    tmp_path: Path, text: str, urls: tuple[str, ...]
+) -> None:
+    section = SMALL.replace('url = "d"\n', "")
+    assert read(tmp_path, section, "--data.urls", text).data.urls == urls
+
+
+def test_numbers_of_a_list_are_read_as_its_type(tmp_path: Path) -> None:
+    section = SMALL.replace('url = "d"\n', 'urls = ["a", "b", "c"]\n')
+    for text in ("[1, 0.5, 2e-3]", "1,.5,2e-3", "(1 .5 2e-3)"):
+        config = read(tmp_path, section, "--data.weights", text)
+        assert config.data.weights == (1.0, 0.5, 0.002)
+    assert read(tmp_path, SMALL, "--model.channels", "4").model.channels == (4,)
+
+
 def test_the_model_section_follows_its_name(tmp_path: Path) -> None:
     config = read(tmp_path, SMALL, "--model.name", "autoencoder", "--model.latent_dim", "7")
     assert config.model.name == "autoencoder"
@@ -123,7 +150,10 @@ def test_a_mistake_is_one_line_that_names_file_and_key(
         (["--run.max_time_s", "inf"], r"run\.max_time_s = inf: must be at least 0 and finite"),
         (["--run.max_time_s", "nan"], r"run\.max_time_s = nan: must be at least 0 and finite"),
         (["--run.max_time_s", "-1"], r"run\.max_time_s = -1\.0: must be at least 0"),
-        (["--run.deterministic", "yes"], r"run\.deterministic = 'yes': must be bool"),
+        (["--run.deterministic", "yes"], r"run\.deterministic = 'yes': must be true or false"),
+        (["--run.deterministic", "True"], r"run\.deterministic = 'True': must be true or false"),
+        (["--model.channels", "[4, true]"], r"model\.channels = True: must be int"),
+        (["--model.channels", "4,x"], r"model\.channels = 'x': must be int"),
         (["extra"], r"unexpected argument 'extra'"),
     ],
 )
