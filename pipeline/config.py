@@ -186,8 +186,8 @@ class ValidateConfig:
     """with validate.beam: log-probabilities are divided by ((5 + tokens) / 6) to this power; above
     0 it favours longer codes"""
     grammar: str = ""
-    """seq2seq: web (the language of pix2code's web screens), or a FILE; adds validity and
-    skeleton_match to the metrics"""
+    """seq2seq: web (the language of pix2code's web screens), or a FILE; adds validity to the
+    metrics, and skeleton_match if it has @skeleton"""
     mask: bool = True
     """with validate.grammar: write nothing that it does not take; false: only measure"""
 
