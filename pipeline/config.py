@@ -7,6 +7,7 @@ what needs the dataset is checked in `pipeline.build`.
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -56,6 +57,7 @@ class RunConfig:
             raise ValueError("run.steps, run.epochs: set exactly one of them above 0")
         _at_least("run.steps", self.steps, 0)
         _at_least("run.epochs", self.epochs, 0)
+        _at_least("run.max_time_s", self.max_time_s, 0)
         _at_least("run.log_every_steps", self.log_every_steps, 1)
 
 
@@ -184,8 +186,8 @@ class ValidateConfig:
     """with validate.beam: log-probabilities are divided by ((5 + tokens) / 6) to this power; above
     0 it favours longer codes"""
     grammar: str = ""
-    """seq2seq: web (the language of pix2code's web screens), or a FILE; adds validity and
-    skeleton_match to the metrics"""
+    """seq2seq: web (the language of pix2code's web screens), or a FILE; adds validity to the
+    metrics, and skeleton_match if it has @skeleton"""
     mask: bool = True
     """with validate.grammar: write nothing that it does not take; false: only measure"""
 
@@ -297,22 +299,38 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     add("--beam", type=int, metavar="N", help="validate.beam [the run's]")
     add("--length-penalty", type=float, metavar="A", help="validate.length_penalty [the run's]")
     add("--grammar", metavar="NAME", help="validate.grammar: web, or a file [the run's]")
-    add("--no-mask", action="store_true", help="validate.mask = false")
+    add("--mask", action=argparse.BooleanOptionalAction,
+        help="write only what the grammar takes [with --grammar; else as the run]")  # fmt: skip
 
 
 def with_decoding(config: Config, arguments: argparse.Namespace) -> Config:
-    """The configuration, flags of `add_decoding_flags` in place of its keys. Raises `UserError`."""
+    """The configuration, flags of `add_decoding_flags` in place of its keys.
+
+    Raises:
+        UserError: a value out of range, or a flag that would change nothing.
+    """
     given = {
         name: value
-        for name in ("beam", "length_penalty", "grammar")
+        for name in ("beam", "length_penalty", "grammar", "mask")
         if (value := getattr(arguments, name)) is not None
     }
-    if arguments.no_mask:
-        given["mask"] = False
+    if "grammar" in given:
+        given.setdefault("mask", True)  # also where the run only measured
     try:
-        return dataclasses.replace(config, validate=dataclasses.replace(config.validate, **given))
+        wanted = dataclasses.replace(config.validate, **given)
     except ValueError as error:
         raise UserError(str(error)) from error
+    # Of flags alone: a configuration may hold for later what nothing makes use of now.
+    mask = "--mask" if arguments.mask else "--no-mask"
+    for flag, is_given, has_use, need in (
+        ("--length-penalty", bool(arguments.length_penalty), wanted.beam > 1, "--beam above 1"),
+        (mask, arguments.mask is not None, bool(wanted.grammar), "--grammar"),
+    ):
+        if is_given and not isinstance(config.model, Seq2SeqConfig):
+            raise UserError(f"{flag}: model.name = {config.model.name} writes no code")
+        if is_given and not has_use:
+            raise UserError(f"{flag}: changes nothing without {need}")
+    return dataclasses.replace(config, validate=wanted)
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: typing.Sequence[str] | None) -> Any:
@@ -410,7 +428,8 @@ def to_toml(config: Config) -> str:
             *(f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()),
         ]
         lines.append("")
-    return "\n".join(lines)
+    # Strings of TOML are those of JSON, but for this character, which JSON leaves as it is.
+    return "\n".join(lines).replace("\x7f", "\\u007f")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -471,11 +490,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             return text
         raise ValueError(f"{key} = {text!r}: choose one of {', '.join(map(str, inner))}")
     if origin is tuple:
-        items = (
-            [_Flag(word) for word in value.text.strip("()[] ").replace(",", " ").split()]
-            if isinstance(value, _Flag)
-            else value
-        )
+        items = _items(value.text) if isinstance(value, _Flag) else value
         if isinstance(items, list | tuple):
             return tuple(_convert(item, inner[0], key) for item in items)
     elif isinstance(value, _Flag):
@@ -490,7 +505,19 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return hint(value)
     shown = value.text if isinstance(value, _Flag) else value
     name = f"list of {inner[0].__name__}" if origin is tuple else hint.__name__
-    raise ValueError(f"{key} = {shown!r}: must be {name}")
+    raise ValueError(f"{key} = {shown!r}: must be {'true or false' if hint is bool else name}")
+
+
+def _items(text: str) -> list[Any]:
+    """Those of a list on the command line: as TOML has it, or bare between commas, else blanks."""
+    text = text.strip()
+    if text.startswith("["):
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            return list(tomllib.loads(f"list = {text}")["list"])
+    if (text[:1], text[-1:]) in (("[", "]"), ("(", ")")):
+        text = text[1:-1]
+    words = text.split(",") if "," in text else text.split()
+    return [_Flag(word.strip()) for word in words if word.strip()]
 
 
 def _nearest(word: str, known: list[str], prefix: str = "") -> str:
@@ -528,4 +555,5 @@ def _shown(default: object) -> str:
 
 def _at_least(key: str, value: float, least: float) -> None:
     if not least <= value < math.inf:
-        raise ValueError(f"{key} = {value}: must be at least {least}")
+        finite = " and finite" if isinstance(value, float) else ""
+        raise ValueError(f"{key} = {value}: must be at least {least}{finite}")

@@ -16,6 +16,7 @@ Tensor names carry their shape: S states, V vocabulary, A symbols of an alphabet
 """
 
 import difflib
+import functools
 import importlib.resources
 import json
 import re
@@ -61,7 +62,8 @@ class Mask(NamedTuple):
 
     def barred(self, state_R: Tensor, num_left: int) -> Tensor:
         """RxV, True for what may not be written next, if `num_left` tokens at most may follow."""
-        return self.least_SV[state_R] > num_left
+        # Below `BARRED`, which stays barred; anything above it would wrap around in int16.
+        return self.least_SV[state_R] > min(num_left, BARRED - 1)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Grammar:
             folder = importlib.resources.files("pipeline") / "grammars"
             return cls.parse((folder / f"{name}.ebnf").read_text(encoding="utf-8"), name)
         try:
-            text = Path(name).read_text(encoding="utf-8")
+            text = Path(name).read_text(encoding="utf-8-sig")  # Windows begins files with a mark
         except OSError as error:
             raise UserError(
                 f"{name}: cannot read the grammar ({error.strerror}); name a file, or one of "
@@ -135,7 +137,10 @@ class Grammar:
     @classmethod
     def parse(cls, text: str, where: str) -> "Grammar":
         """The grammar of a file's text. Raises `UserError` naming `where` and the line."""
-        return _Parser(text, where).grammar()
+        try:
+            return _Parser(text, where).grammar()
+        except RecursionError as error:
+            raise _too_deep(where) from error
 
     def skeleton(self, code: str) -> list[str]:
         """The words of `code`, those of a `@skeleton` rule as its name."""
@@ -165,7 +170,10 @@ class TokenGrammar:
         """
         self.grammar = grammar
         self.tokenizer = tokenizer
-        next_SV, accepting_S = _minimise(*_over_tokens(grammar, tokenizer))
+        try:
+            next_SV, accepting_S = _minimise(*_over_tokens(grammar, tokenizer))
+        except RecursionError as error:
+            raise _too_deep(grammar.where) from error
         distance_S = _distances(next_SV, accepting_S)
         if distance_S[0] > max_tokens:
             raise UserError(
@@ -214,6 +222,10 @@ class _Lexeme(NamedTuple):
     line: int
 
 
+def _too_deep(where: str) -> UserError:
+    return UserError(f"{where}: parentheses, repetitions or rules lie too deep in each other")
+
+
 class _Parser:
     """Recursive descent, one lexeme ahead."""
 
@@ -251,9 +263,9 @@ class _Parser:
         while at < len(text):
             found = _LEXEME.match(text, at)
             if found is None:
-                rest = text[at:].splitlines()[0]
+                rest = text[at : at + 40].partition("\n")[0]
                 unended = "a literal without its closing quote: " if rest[0] == '"' else ""
-                raise UserError(f"{self.where}, line {line}: {unended}cannot read {rest[:40]!r}")
+                raise UserError(f"{self.where}, line {line}: {unended}cannot read {rest!r}")
             if found.lastgroup != "blank":
                 yield _Lexeme(str(found.lastgroup), found[0], line)
             line += found[0].count("\n")
@@ -640,7 +652,7 @@ class _Words:
         self.vocab_size = vocab_size
         (self.next_SA, self.accepting_S), columns = _Compiler(grammar, _code_points).automaton()
         self.chars = [chr(symbol) for symbol in columns]
-        self.blanks = [at for at, char in enumerate(self.chars) if char.isspace()]
+        self.blanks = [at for at, char in enumerate(self.chars) if not tokens.words(char)]
         self.id_of = {text: at for at, text in text_of.items()}
         self.prefixes = {text[:end] for text in self.id_of for end in range(1, len(text) + 1)}
         self.distance_S = _distances(self.next_SA, self.accepting_S)
@@ -738,14 +750,18 @@ def _kind_of(word: str) -> str:
     """Of the beginning of a word, see `tokens.WORD_PATTERN`: what it may go on with."""
     if word[0] == "\\":
         return "command"
-    return "word" if re.match(r"\w", word) else ""
+    return "word" if _is_one_word(word[0] + "a") else ""
 
 
 def _continues(kind: str, char: str) -> bool:
     """Whether the character would be taken into a word of this kind that it follows."""
-    if kind == "command":
-        return char.isascii() and char.isalpha()
-    return kind == "word" and re.match(r"[\w-]", char) is not None
+    return kind != "" and _is_one_word({"command": "\\", "word": "a"}[kind] + char)
+
+
+@functools.cache
+def _is_one_word(text: str) -> bool:
+    """By the tokenizer itself: Python's letters, digits and white space are not quite its own."""
+    return tokens.words(text) == [text]
 
 
 def _parts(word: str) -> Iterator[str]:

@@ -414,6 +414,8 @@ def _latents(arguments: argparse.Namespace) -> int:
     files = {name: getattr(arguments, name) for name in wanted if getattr(arguments, name)}
     if not files:
         raise UserError(f"nothing to do: give one of {', '.join(f'--{name}' for name in wanted)}")
+    if arguments.workers < 0:
+        raise UserError(f"--workers {arguments.workers}: 0 for none, or a number of them")
     encoder = Encoder.open(arguments.run, arguments.checkpoint, arguments.split)
     if arguments.samples and not encoder.model.config.variational:
         raise UserError(

@@ -97,5 +97,5 @@ def _bleu(
 
 
 def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB of a mean squared error on [0, 1] images."""
-    return -10 * math.log10(mse) if mse > 0 else math.inf
+    """Peak signal-to-noise ratio in dB of a mean squared error on [0, 1] images; of NaN, NaN."""
+    return math.inf if mse == 0 else -10 * math.log10(mse)

@@ -43,7 +43,7 @@ def set_learning_rate(
 
 def _one_cycle(step: int, peak: int, last: int) -> float:
     """A share of the largest rate: it is reached at step `peak`, the smallest at `last`."""
-    begin, end, done = 1 / 25, 1.0, step / max(1, peak)
+    begin, end, done = 1 / 25, 1.0, step / peak if peak else 1.0
     if step > peak:
         begin, end, done = 1.0, 1 / 25e4, (step - peak) / max(1, last - peak)
     return end + (begin - end) * 0.5 * (1 + math.cos(math.pi * done))

@@ -24,6 +24,7 @@ from pipeline.build import decoding_of, dtype_of, load_model, new_accelerator, o
 from pipeline.config import Config, add_decoding_flags, config_of_run, with_decoding
 from pipeline.datasets import Datasets
 from pipeline.metrics import merge
+from pipeline.models import Seq2SeqConfig
 from pipeline.ranks import Ranks, said_once
 from pipeline.stream import BatchDataset, ValidationPlans, make_loader
 from pipeline.tasks import Task, build_task
@@ -95,15 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _validate(arguments: argparse.Namespace) -> int:
     run: Path = arguments.run
     with said_once():
+        if arguments.workers < 0:
+            raise UserError(f"--workers {arguments.workers}: 0 for none, or a number of them")
         config = with_decoding(config_of_run(run), arguments)
         chosen = checkpoint.choose(run, arguments.checkpoint)
         trained_on = Datasets.of(config.data)
         data = Datasets.open([arguments.url]) if arguments.url else trained_on
-        if _tokenizer_sha256(data) != _tokenizer_sha256(trained_on):
-            raise UserError(
-                f"{data.label}: packed with another tokenizer than {trained_on.label}; pack it "
-                f"with --tokenizer {storage.join(trained_on.roots[0], TOKENIZER_NAME)}"
-            )
+        if isinstance(config.model, Seq2SeqConfig):
+            _check_tokenizer(data, trained_on)
         dataset = open_split(config, data, arguments.split)
         if dataset.image_CHW != open_split(config, trained_on, "train").image_CHW:
             raise UserError(
@@ -157,8 +157,15 @@ def _shown(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _tokenizer_sha256(data: Datasets) -> str | None:
-    return data.tokenizer.sha256 if data.tokenizer else None
+def _check_tokenizer(data: Datasets, trained_on: Datasets) -> None:
+    """Raises `UserError` when codes of `data` have not the ids that the model was trained on."""
+    wanted, found = trained_on.tokenizer, data.tokenizer
+    if wanted is not None and (found is None or found.sha256 != wanted.sha256):
+        other = f"packed with another tokenizer than {trained_on.label}"
+        raise UserError(
+            f"{data.label}: {other if found else 'no tokenizer'}; pack images and code with "
+            f"--tokenizer {storage.join(trained_on.roots[0], TOKENIZER_NAME)}"
+        )
 
 
 if __name__ == "__main__":

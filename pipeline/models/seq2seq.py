@@ -47,7 +47,7 @@ class Seq2SeqConfig:
     num_layers: int = 3
     """Layers of the transformer; the others have one."""
     num_heads: int = 8
-    """Attention heads; they divide `hidden_dim`."""
+    """Attention heads; where there is attention, they divide `hidden_dim`."""
     dropout: float = 0.1
     """Share of embedding and hidden features, and of a vector memory, dropped in training, in
     [0,1)."""
@@ -85,7 +85,8 @@ class Seq2SeqConfig:
                     "max_tokens", "risk_beam"):  # fmt: skip
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key} = {getattr(self, key)} is not positive")
-        if self.hidden_dim % self.num_heads:
+        attends = self.memory == "spatial" or self.decoder == "transformer"
+        if attends and self.hidden_dim % self.num_heads:
             raise ValueError(
                 f"model.num_heads = {self.num_heads} does not divide model.hidden_dim = "
                 f"{self.hidden_dim}: every head takes an equal share, change one of the two"

@@ -8,12 +8,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from pipeline.grammar import BARRED, Grammar, TokenGrammar
 from shards import synth, tokens
+from shards.format import EOS
 from shards.storage import UserError
 
 PROGRAMS = Path(__file__).parents[2].parent / "shared" / "data" / "pix2code-web" / "train"
@@ -63,6 +65,10 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         ('a = "x" ;\nb "y" ;', 'g.ebnf, line 2: = is missing after b, before "y"'),
         ('a = "x ;\n', "g.ebnf, line 1: a literal without its closing quote"),
         ('\na = "x" $ ;', "g.ebnf, line 2: cannot read '$ ;'"),
+        *(
+            (f'a = {char}"x" ;\n', "g.ebnf, line 1: cannot read " + repr(f'{char}"x" ;'))
+            for char in "\x0b\x0c\x1c\x1e\x85\u2028\u2029"
+        ),
         ('a = "\\q" ;', "g.ebnf, line 1: \\q in"),
         ("a = ;", "g.ebnf, line 1: nothing before ;"),
         ('a = "x" | ;', "g.ebnf, line 1: nothing before ;"),
@@ -87,12 +93,35 @@ def test_an_error_in_a_file_names_its_line(text: str, message: str, tmp_path: Pa
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["parentheses", "repetitions", "rules"])
+def test_what_lies_too_deep_in_each_other_is_refused(kind: str) -> None:
+    tokenizer = trained("char", ["x"])
+
+    def known(depth: int) -> TokenGrammar:
+        rules = "".join(f"r{number} ;\nr{number} = " for number in range(depth))
+        text = {
+            "parentheses": f'a = {"(" * depth} "x" {")" * depth} ;',
+            "repetitions": f'a = "x" {"? " * depth} ;',
+            "rules": f'a = {rules} "x" ;',
+        }[kind]
+        return TokenGrammar(Grammar.parse(text, "g.ebnf"), tokenizer, 100)
+
+    assert known(50).accepts(ids_of(tokenizer, "x"))
+    with pytest.raises(UserError, match=r"^g\.ebnf: parentheses, repetitions or rules lie"):
+        known(2000)
+
+
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.ebnf: cannot read the grammar .*one of web"):
         Grammar.open("nowhere.ebnf")
     (tmp_path / "g.ebnf").write_bytes(b"\xff")
     with pytest.raises(UserError, match="not a grammar"):
         Grammar.open(str(tmp_path / "g.ebnf"))
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "g.ebnf").write_text('a = "x" ;', encoding="utf-8-sig")
+    assert list(Grammar.open(str(tmp_path / "g.ebnf")).rules) == ["a"]
 
 
 # --- the automaton --------------------------------------------------------------------------------
@@ -169,8 +198,13 @@ def test_an_automaton_accepts_what_a_regular_expression_does(
             assert known.accepts(ids_of(tokenizer, text)) == expected, text
 
 
+# To Python, a superscript belongs to a word, this sign of Devanagari to none, and the last
+# character is white space; to the tokenizer, none of it is so.
+@example(both=('"a\u00b2"', frozenset({"a\u00b2"})))
+@example(both=('"a\u094da"', frozenset({"a\u094da"})))
+@example(both=('"a\x1ca"', frozenset({"a\x1ca"})))
 @settings(max_examples=100, deadline=None)
-@given(both=finite_expressions("a- {\\"))
+@given(both=finite_expressions("a- {\\\u00b2\u094d\x1c"))
 def test_words_are_those_of_the_texts(both: tuple[str, Texts]) -> None:
     """White space parts words and is dropped: `a-a` is one word, `a -a` are three."""
     grammar, texts = both
@@ -193,12 +227,20 @@ def test_an_automaton_has_no_state_too_many_and_knows_the_way_out() -> None:
     mask = TokenGrammar(grammar, tokenizer, 10).mask
     # Before x; before a, c, d, y or the end; before bb; before b; at the end.
     assert mask.least_SV.shape == (5, 4 + 6)
-    by_char = {char: int(mask.least_SV[1, tokenizer.token_to_id(char)]) for char in "xabcdy"}
     start = int(mask.next_SV[0, tokenizer.token_to_id("x")])
     by_char = {char: int(mask.least_SV[start, tokenizer.token_to_id(char)]) for char in "xabcdy"}
     assert by_char == {"x": BARRED, "a": 2, "b": BARRED, "c": 2, "d": 1, "y": 0}
     assert mask.least_SV[start, :4].tolist() == [BARRED, BARRED, -1, BARRED]
     assert mask.least_SV[0, :4].tolist() == [BARRED, BARRED, BARRED, BARRED]
+
+
+@pytest.mark.parametrize("num_left", [5, 2**15 - 1, 2**15, 2**16 + 5])
+def test_what_is_barred_stays_so_however_many_tokens_may_follow(num_left: int) -> None:
+    tokenizer = trained("char", ["xy"])
+    mask = TokenGrammar(Grammar.parse('a = "x"* ;', "g"), tokenizer, 100_000).mask
+    [barred_V] = mask.barred(torch.tensor([0]), num_left).tolist()
+    free = {EOS, tokenizer.token_to_id("x")}
+    assert [at for at, barred in enumerate(barred_V) if not barred] == sorted(free)
 
 
 @pytest.mark.parametrize(

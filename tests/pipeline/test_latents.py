@@ -151,6 +151,7 @@ def test_mistakes_are_one_line(
         ([pictures_run, "--out", tmp_path / "a.csv"], "write one of *.parquet, *.npz"),
         ([pictures_run, "--out", tmp_path / "a.npz", "--split", "dev"], "no split 'dev'"),
         ([screens_run, "--out", tmp_path / "a.npz"], "model.name = seq2seq"),
+        ([pictures_run, "--out", tmp_path / "a.npz", "--workers", -1], "--workers -1: 0 for none"),
     ]:
         status, _, err = call(capsys, *words)
         assert status == 2

@@ -363,6 +363,7 @@ def test_autoencoder_learns_its_images() -> None:
     ("change", "message"),
     [
         ({"num_heads": 3}, r"^model\.num_heads = 3 does not divide model\.hidden_dim = 32: "),
+        ({"num_heads": 3, "memory": "vector", "decoder": "transformer"}, "3 does not divide model"),
         ({"num_heads": 0}, r"^model\.num_heads = 0 "),
         ({"channels": ()}, r"^model\.channels = \(\) "),
         ({"channels": (8, 0)}, r"^model\.channels = \(8, 0\) "),
@@ -380,6 +381,13 @@ def test_autoencoder_learns_its_images() -> None:
 def test_bad_seq2seq_settings_name_their_key(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(SEQ2SEQ, **change)
+
+
+@pytest.mark.parametrize("decoder", ["lstm", "gru"])
+def test_where_there_is_no_attention_its_heads_divide_nothing(decoder: Any) -> None:
+    model = seq2seq(config=replace(SEQ2SEQ, decoder=decoder, memory="vector", num_heads=3))
+    assert model(images(2), torch.full((2, 4), BOS)).shape == (2, 4, VOCAB_SIZE)
+    assert len(greedy(model, images(2), 4)) == 2
 
 
 @pytest.mark.parametrize(

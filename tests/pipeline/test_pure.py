@@ -58,6 +58,15 @@ def test_one_cycle_is_torch_s() -> None:
     assert 0.08 <= short[0] <= short[-1] < 0.3
 
 
+@pytest.mark.parametrize("warmup_steps", [1, 2, 10])
+def test_one_cycle_reaches_its_peak(warmup_steps: int) -> None:
+    config = OptimConfig(lr=2.0, warmup_steps=warmup_steps, schedule="onecycle")
+    rates = [learning_rate(step, config, 10) for step in range(10)]
+    assert rates[warmup_steps - 1] == max(rates) == 2.0
+    assert rates[:warmup_steps] == sorted(rates[:warmup_steps])
+    assert rates[warmup_steps:] == sorted(rates[warmup_steps:], reverse=True)
+
+
 def test_learning_rate_of_a_run_shorter_than_its_warm_up_is_finite() -> None:
     config = OptimConfig(lr=1.0, warmup_steps=10)
     assert [learning_rate(step, config, 5) for step in range(5)] == [0.1, 0.2, 0.3, 0.4, 0.5]
@@ -143,6 +152,10 @@ def test_better_knows_its_direction() -> None:
 def test_psnr() -> None:
     assert psnr(0.01) == pytest.approx(20.0)
     assert psnr(0.0) == math.inf
+    assert psnr(math.inf) == -math.inf
+    # Of a model that has diverged: no checkpoint of it may be the best.
+    assert math.isnan(psnr(math.nan))
+    assert not is_better("psnr_of_mean_mse", psnr(math.nan), None)
 
 
 GOLDEN_KEY = 263666187971425167825063204971014364294

@@ -153,12 +153,24 @@ def test_order_proves_offline_what_the_run_saw(
 
 
 def test_validate_names_what_is_missing(
-    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path,
+    screens: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert validate.main([str(trained), "--split", "tset"]) == 2
     assert "no split 'tset'; it has test, train, val" in error_line(capsys)
     assert validate.main([str(trained), "--data.url", str(pictures)]) == 2
-    assert "packed with another tokenizer" in error_line(capsys)
+    line = error_line(capsys)
+    assert f"{pictures}: no tokenizer; pack images and code with --tokenizer {screens}" in line
+    words = [screens.parent / "raw", tmp_path / "chars", "--size", "48x32", "--tokenizer", "char"]
+    assert pack.main([*map(str, words), "--workers", "0"]) == 0
+    capsys.readouterr()
+    assert validate.main([str(trained), "--data.url", str(tmp_path / "chars")]) == 2
+    assert "packed with another tokenizer than" in error_line(capsys)
+    assert validate.main([str(trained), "--workers", "-1"]) == 2
+    assert "--workers -1: 0 for none, or a number of them" in error_line(capsys)
     assert validate.main([str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in error_line(capsys)
 
@@ -175,6 +187,29 @@ def test_validate_on_another_dataset_of_the_same_tokenizer(
     assert validate.main([str(trained), *words]) == 0
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["samples"] == 9
+
+
+def test_an_autoencoder_needs_no_code_to_be_validated(
+    pictures_run: Path,
+    pictures: Path,
+    screens: Path,
+    tmp_path: Path,
+    cpu: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Trained on images alone and validated on images with code, and the other way round."""
+    on_pairs = tmp_path / "run"
+    flags = "--run.steps 1 --model.name autoencoder --model.latent_dim 4 --batch.micro_size 4"
+    words = ["--batch.global_size", "4", "--model.channels", "4", *flags.split()]
+    places = ["--run.dir", str(on_pairs), "--data.url", str(screens)]
+    assert train.main([*places, *words]) == 0
+    for run_folder, data in ((pictures_run, screens), (on_pairs, pictures)):
+        capsys.readouterr()
+        words = ["--split", "test", "--data.url", str(data), "--json"]
+        assert validate.main([str(run_folder), *words]) == 0
+        row = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert row["samples"] == load_manifest(str(data)).num_samples("test")
+        assert row["mse"] > 0
 
 
 def test_damaged_samples_stop_the_run_unless_allowed(
