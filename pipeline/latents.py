@@ -89,8 +89,8 @@ class Encoder:
     def num_samples(self) -> int:
         return sum(self.dataset.reader.shard_samples)
 
-    def passes(self, workers: int) -> Generator["Encoded", None, None]:
-        """Every sample once, in order.
+    def passes(self, workers: int, *, with_sources: bool) -> Generator["Encoded", None, None]:
+        """Every sample once, in order, and once more for its source's name where that is wanted.
 
         Raises:
             UserError: a sample cannot be read; it is named.
@@ -99,7 +99,7 @@ class Encoder:
         plans = ValidationPlans(self.dataset.reader.shard_samples, batch_size)
         loader = make_loader(self.dataset, plans, workers=workers, pin=self.device.type == "cuda")
         for plan, batch in zip(plans, loader, strict=True):
-            yield self.encode(plan, batch)
+            yield self.encode(plan, batch, with_sources=with_sources)
 
     def at(self, positions: Sequence[int]) -> "Encoded":
         """The samples at these positions of the split, as one batch."""
@@ -112,7 +112,7 @@ class Encoder:
         return self.encode(plan, self.dataset[plan])
 
     @torch.inference_mode()
-    def encode(self, plan: BatchPlan, batch: Batch) -> "Encoded":
+    def encode(self, plan: BatchPlan, batch: Batch, *, with_sources: bool = False) -> "Encoded":
         """What the model makes of a batch. Raises `UserError`."""
         if batch.bad:
             raise UserError(f"{batch.bad[0]}; run `pixloom verify` on the dataset")
@@ -120,7 +120,7 @@ class Encoder:
         with autocast_of(self.config, self.device):
             output = self.model(image_BCHW, for_loss=True)
         places = zip(plan.ids.shard_G, plan.ids.index_G, strict=True)
-        sources = tuple(self._source(*place) for place in places)
+        sources = tuple(self._source(*place) if with_sources else "" for place in places)
         return Encoded(
             batch.image_BCHW, Rows.of(batch.keys, sources, output, image_BCHW, self.task)
         )
@@ -152,6 +152,7 @@ class Rows:
 
     keys: tuple[str, ...]
     sources: tuple[str, ...]
+    """empty where they are not known, or were not asked for"""
     latent_BD: Tensor
     """float32"""
     mse_B: Tensor
@@ -458,7 +459,8 @@ def _stream(encoder: Encoder, arguments: argparse.Namespace) -> None:
         file = None
         if arguments.out:
             file = stack.enter_context(latent_file(arguments.out, encoder.model.latent_shape))
-        encoded = contextlib.closing(encoder.passes(arguments.workers))
+        passes = encoder.passes(arguments.workers, with_sources=file is not None)
+        encoded = contextlib.closing(passes)
         done = 0
         for _, rows in engines.progress(
             stack.enter_context(encoded), total, "encoded", lambda one: len(one.rows.keys)

@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 
 from pipeline import latents, predict, validate
+from pipeline.batch import RawSample
 from pipeline.latents import Encoder, Neighbours
+from pipeline.stream import SampleReader
 from shards.storage import load_manifest
 
 
@@ -90,6 +92,28 @@ def test_pictures_show_samples_of_the_split(
             scale = -(-64 // max(height, width))
             cell = picture.crop((4, 4, 4 + scale * width, 4 + scale * height))
         assert np.array_equal(np.asarray(cell)[::scale, ::scale], first)
+
+
+def test_pictures_do_not_read_samples_for_the_names_of_their_sources(
+    pictures_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reads = []
+    read = SampleReader.read
+
+    def counted(self: SampleReader, shard: int, index: int) -> RawSample:
+        reads.append((shard, index))
+        return read(self, shard, index)
+
+    monkeypatch.setattr(SampleReader, "read", counted)
+    words = [pictures_run, "--split", "test", "--neighbours", tmp_path / "nearest.png"]
+    status, row, _ = call(capsys, *words)
+    assert status == 0
+    queries, nearest = row["samples"], row["samples"] - 1  # of so few, all
+    assert queries == 8
+    assert len(reads) == row["samples"] + queries + queries * nearest
 
 
 def test_what_is_between_two_latents_ends_in_them() -> None:
