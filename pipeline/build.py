@@ -5,11 +5,13 @@ here, in one line, before a process group exists.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -193,8 +195,29 @@ def dtype_of(config: Config) -> torch.dtype:
     return torch.float64 if config.optim.precision == "fp64" else torch.float32
 
 
+def for_reading(config: Config) -> Config:
+    """What a trained model is used with: fp16, which needs a GPU, is fp32 without one, and a line
+    says so."""
+    if config.optim.precision != "fp16" or torch.cuda.is_available():
+        return config
+    if Node.of_environment().is_first:
+        text = "pixloom: optim.precision = fp16 needs a GPU; there is none, so this is in fp32"
+        print(text, file=sys.stderr, flush=True)
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, precision="fp32"))
+
+
+def autocast_of(config: Config, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What a trained model is called under, as `new_accelerator`'s validation does it."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.optim.precision)
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
 def new_accelerator(config: Config) -> Accelerator:
-    """Joins the process group, if the launcher made one."""
+    """Joins the process group, if the launcher made one.
+
+    Raises:
+        UserError: fp16 without a GPU; see `for_reading`.
+    """
     precision = config.optim.precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("optim.precision = fp16 needs a GPU; use bf16 or fp32 on a CPU")

@@ -32,7 +32,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.batch import Batch
-from pipeline.build import dtype_of, open_split
+from pipeline.build import autocast_of, dtype_of, for_reading, open_split
+from pipeline.config import Config
 from pipeline.export import open_run
 from pipeline.models import Autoencoder
 from pipeline.models.autoencoder import Output
@@ -60,7 +61,7 @@ class Encoder:
     task: AutoencoderTask
     dataset: BatchDataset
     device: torch.device
-    batch_size: int
+    config: Config
 
     @classmethod
     def open(cls, run: Path, which: str, split: str) -> "Encoder":
@@ -70,7 +71,7 @@ class Encoder:
             UserError: as `export.open_run`; no such split; or the model is no autoencoder.
         """
         trained = open_run(run, which)
-        config = trained.config
+        config = for_reading(trained.config)
         if not isinstance(trained.model, Autoencoder):
             raise UserError(
                 f"{run}: of model.name = {config.model.name}; latents are autoencoders'"
@@ -81,23 +82,24 @@ class Encoder:
             AutoencoderTask(trained.model.config, dtype_of(config)),
             open_split(config, trained.data, split),
             device,
-            config.validate.batch_size,
+            config,
         )
 
     @property
     def num_samples(self) -> int:
         return sum(self.dataset.reader.shard_samples)
 
-    def passes(self, workers: int) -> Generator["Encoded", None, None]:
-        """Every sample once, in order.
+    def passes(self, workers: int, *, with_sources: bool) -> Generator["Encoded", None, None]:
+        """Every sample once, in order, and once more for its source's name where that is wanted.
 
         Raises:
             UserError: a sample cannot be read; it is named.
         """
-        plans = ValidationPlans(self.dataset.reader.shard_samples, self.batch_size)
+        batch_size = self.config.validate.batch_size
+        plans = ValidationPlans(self.dataset.reader.shard_samples, batch_size)
         loader = make_loader(self.dataset, plans, workers=workers, pin=self.device.type == "cuda")
         for plan, batch in zip(plans, loader, strict=True):
-            yield self.encode(plan, batch)
+            yield self.encode(plan, batch, with_sources=with_sources)
 
     def at(self, positions: Sequence[int]) -> "Encoded":
         """The samples at these positions of the split, as one batch."""
@@ -110,14 +112,15 @@ class Encoder:
         return self.encode(plan, self.dataset[plan])
 
     @torch.inference_mode()
-    def encode(self, plan: BatchPlan, batch: Batch) -> "Encoded":
-        """What the model makes of a batch, without autocast. Raises `UserError`."""
+    def encode(self, plan: BatchPlan, batch: Batch, *, with_sources: bool = False) -> "Encoded":
+        """What the model makes of a batch. Raises `UserError`."""
         if batch.bad:
             raise UserError(f"{batch.bad[0]}; run `pixloom verify` on the dataset")
         image_BCHW = prepare_images(batch.to(self.device), self.task.dtype)
-        output = self.model(image_BCHW, for_loss=True)
+        with autocast_of(self.config, self.device):
+            output = self.model(image_BCHW, for_loss=True)
         places = zip(plan.ids.shard_G, plan.ids.index_G, strict=True)
-        sources = tuple(self._source(*place) for place in places)
+        sources = tuple(self._source(*place) if with_sources else "" for place in places)
         return Encoded(
             batch.image_BCHW, Rows.of(batch.keys, sources, output, image_BCHW, self.task)
         )
@@ -127,7 +130,9 @@ class Encoder:
         """uint8 images of latents as rows."""
         latent_BD = latent_BD.reshape(len(latent_BD), *self.model.latent_shape)
         latent_BD = latent_BD.to(self.device, self.task.dtype)
-        return (self.model.decode(latent_BD) * 255).round().to(torch.uint8).cpu()
+        with autocast_of(self.config, self.device):
+            found_BCHW = self.model.decode(latent_BD)
+        return (found_BCHW.to(self.task.dtype) * 255).round().to(torch.uint8).cpu()
 
     def _source(self, shard: int, index: int) -> str:
         members = self.dataset.reader.read(shard, index).members
@@ -147,6 +152,7 @@ class Rows:
 
     keys: tuple[str, ...]
     sources: tuple[str, ...]
+    """empty where they are not known, or were not asked for"""
     latent_BD: Tensor
     """float32"""
     mse_B: Tensor
@@ -455,7 +461,8 @@ def _stream(encoder: Encoder, arguments: argparse.Namespace) -> None:
         file = None
         if arguments.out:
             file = stack.enter_context(latent_file(arguments.out, encoder.model.latent_shape))
-        encoded = contextlib.closing(encoder.passes(arguments.workers))
+        passes = encoder.passes(arguments.workers, with_sources=file is not None)
+        encoded = contextlib.closing(passes)
         done = 0
         for _, rows in engines.progress(
             stack.enter_context(encoded), total, "encoded", lambda one: len(one.rows.keys)

@@ -40,7 +40,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from pipeline import web
-from pipeline.build import dtype_of, fit_of, new_decoding
+from pipeline.build import autocast_of, dtype_of, fit_of, for_reading, new_decoding
 from pipeline.config import Config, add_decoding_flags, with_decoding
 from pipeline.decode import Decoding
 from pipeline.export import CONFIG_NAME, open_run, read_export
@@ -115,6 +115,7 @@ class Trained:
             tokenizer = tokens.load_tokenizer(tokenizer_json, f"{folder}: its {TOKENIZER_NAME}")
         if flags is not None:
             settings = with_decoding(settings, flags)
+        settings = for_reading(settings)
         decoding = new_decoding(settings, tokenizer, grammar)
         fit = fit_of(settings.data, image)
         return cls(model.eval().to(_device()), settings, image, tokenizer, step, fit, decoding)
@@ -149,7 +150,7 @@ class Trained:
         model, tokenizer = self.model, self.tokenizer
         assert isinstance(model, Seq2Seq)
         assert tokenizer is not None
-        with self._autocast():
+        with autocast_of(self.settings, _device()):
             image_BCHW, length = self._floats(pixels), model.config.max_tokens
             found = self.decoding.hypotheses(model, image_BCHW, length)
         return [
@@ -165,7 +166,7 @@ class Trained:
         errors in [0,1], unrounded, and scores."""
         assert isinstance(self.model, Autoencoder)
         image_BCHW = self._floats(pixels)
-        with self._autocast():
+        with autocast_of(self.settings, _device()):
             output = self.model(image_BCHW, for_loss=True)
         found_BCHW = output.reconstruction_BCHW.to(image_BCHW.dtype)
         found_BHWC = (found_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -175,14 +176,6 @@ class Trained:
     def _floats(self, pixels: Sequence[NDArray[np.uint8]]) -> Tensor:
         image_BCHW = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(_device())
         return as_floats(image_BCHW, dtype_of(self.settings))
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """As in validation; but fp16, which needs a GPU, is fp32 without one."""
-        kind = _device().type
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.optim.precision)
-        if dtype is None or (dtype is torch.float16 and kind == "cpu"):
-            return contextlib.nullcontext()
-        return torch.autocast(kind, dtype=dtype)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pipeline import __version__, charts, checkpoint, diffs, web
 from pipeline.batch import Batch, SampleError
-from pipeline.build import dtype_of, new_decoding, open_split
+from pipeline.build import autocast_of, dtype_of, for_reading, new_decoding, open_split
 from pipeline.charts import Curve
 from pipeline.config import to_dict
 from pipeline.export import TrainedRun, open_run
@@ -122,7 +122,8 @@ def write_report(run: Path, split: str | None, which: str, out: str, num_samples
         has = trained.data.splits
         split = next((name for name in ("val", "test", "train") if name in has), has[0])
     report = _Report(run, trained, chosen, split)
-    with torch.inference_mode():
+    precision = autocast_of(for_reading(trained.config), report.device)
+    with torch.inference_mode(), precision:
         looked = report.look(num_samples)
         storage.publish_text(report.page(looked), out)
     return looked
@@ -363,7 +364,7 @@ class _Report:
         generator = torch.Generator().manual_seed(0)
         latent_BD = torch.randn(_DRAWN, *model.latent_shape, generator=generator)
         image_BCHW = model.decode(latent_BD.to(self.device, dtype_of(self.config)))
-        images = (_image_figure(_as_bytes(one), "") for one in image_BCHW)
+        images = (_image_figure(_as_bytes(one.float()), "") for one in image_BCHW)
         note = "Latents drawn from N(0, 1), decoded."
         return join([tag("p", note, class_="note"), tag("div", join(images), class_="drawn")])
 

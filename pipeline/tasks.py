@@ -75,8 +75,9 @@ def build_task(
 def prepare_images(batch: Batch, dtype: torch.dtype, shift_px: int = 0) -> Tensor:
     """uint8 images to floats in [0, 1], channels last in memory; shifted when asked.
 
-    A shift is drawn evenly from [-shift_px, shift_px] along both axes, from the sample's own key;
-    what moves in repeats the border.
+    A shift is drawn evenly from [-shift_px, shift_px] along both axes, from the sample's own key,
+    whose two last digits in base 2 * shift_px + 1, less shift_px, are the pixels to move it down
+    (the last) and to the right; what moves in repeats the border.
     """
     image_BCHW = batch.image_BCHW
     if shift_px:

@@ -20,7 +20,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from pipeline import checkpoint
-from pipeline.build import decoding_of, dtype_of, load_model, new_accelerator, open_split
+from pipeline.build import (
+    decoding_of,
+    dtype_of,
+    for_reading,
+    load_model,
+    new_accelerator,
+    open_split,
+)
 from pipeline.config import Config, add_decoding_flags, config_of_run, with_decoding
 from pipeline.datasets import Datasets
 from pipeline.metrics import merge
@@ -98,7 +105,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     with said_once():
         if arguments.workers < 0:
             raise UserError(f"--workers {arguments.workers}: 0 for none, or a number of them")
-        config = with_decoding(config_of_run(run), arguments)
+        config = for_reading(with_decoding(config_of_run(run), arguments))
         chosen = checkpoint.choose(run, arguments.checkpoint)
         trained_on = Datasets.of(config.data)
         data = Datasets.open([arguments.url]) if arguments.url else trained_on

@@ -50,9 +50,9 @@ class AutoencoderConfig:
     kl_weight: float = 1.0
     """beta: what an image's KL, summed over the latent in nats, weighs beside its reconstruction
     error, summed over all its channels and pixels. Per-pixel means of the error would be a beta
-    of channels x height x width times this one."""
+    of channels x height x width times this one. A plain autoencoder has none."""
     kl_warmup: float = 0.0
-    """Share of the run's steps, in [0,1], over which beta grows linearly from 0."""
+    """Share of the run's steps, in [0,1], over which beta grows linearly from 0, of a VAE."""
 
     def __post_init__(self) -> None:
         if self.latent_dim < 1:
@@ -76,6 +76,12 @@ class AutoencoderConfig:
             raise ValueError(f"model.kl_weight = {self.kl_weight} is negative or not finite")
         if not 0 <= self.kl_warmup <= 1:
             raise ValueError(f"model.kl_warmup = {self.kl_warmup} is outside [0,1]")
+        for key in ("kl_weight", "kl_warmup"):
+            if not self.variational and getattr(self, key) != getattr(AutoencoderConfig, key):
+                raise ValueError(
+                    f"model.{key} = {getattr(self, key)} is for the KL divergence of a VAE: set "
+                    "model.variational = true, or drop it"
+                )
 
 
 class Output(NamedTuple):

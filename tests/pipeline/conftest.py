@@ -1,7 +1,8 @@
 """Packed datasets made once a session, by the real packer."""
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,25 @@ def pictures_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     --model.name autoencoder --model.channels 8,16 --model.latent_dim 16 --optim.lr 1e-2
     """
     return train_on_cpu(tmp_path_factory.mktemp("runs") / "pictures", pictures, words)
+
+
+@pytest.fixture
+def with_precision(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[Path, str], Path]]:
+    """A copy of a run in fp32 whose configuration has another precision: (run, precision) -> run.
+
+    Only copies of one precision are validated in a test.
+    """
+
+    def copy(run: Path, precision: str) -> Path:
+        folder = tmp_path_factory.mktemp("precision") / precision
+        shutil.copytree(run, folder)
+        config = folder / "config.toml"
+        before, after = config.read_text().split('precision = "fp32"')
+        config.write_text(f'{before}precision = "{precision}"{after}')
+        AcceleratorState._reset_state(reset_partial_state=True)  # what another run set up
+        return folder
+
+    yield copy
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -432,20 +432,40 @@ def test_images_of_a_dataset_that_was_never_resized(tmp_path: Path) -> None:
         trained.pixels((tmp_path / "turned.png").read_bytes())
 
 
-def test_half_precision_and_double_predict_too(screens_run: Path, screens: Path) -> None:
-    data = (screens.parent / "raw" / "000000.png").read_bytes()
-    trained = Trained.open(screens_run)
-    codes = {}
-    for precision in ("fp32", "bf16", "fp16", "fp64"):
-        config = config_of(read_toml(str(screens_run / "config.toml")), "config.toml")
-        object.__setattr__(config.optim, "precision", precision)
-        dtype = torch.float64 if precision == "fp64" else torch.float32
-        one = Trained(
-            trained.model.to(dtype), config, trained.image, trained.tokenizer, trained.step
-        )
-        ((code,),) = one.codes([one.pixels(data)])
-        codes[precision] = code.text
-    assert codes["fp64"] == codes["fp32"]
+def test_half_precision_and_double_predict_too(
+    screens_run: Path,
+    screens: Path,
+    with_precision: Callable[[Path, str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trained = {
+        precision: Trained.open(with_precision(screens_run, precision))
+        for precision in ("fp32", "bf16", "fp16", "fp64")
+    }
+    said = capsys.readouterr().err
+    files = sorted((screens.parent / "raw").glob("*.png"))[:6]
+    pixels = [trained["fp32"].pixels(file.read_bytes()) for file in files]
+    best = {precision: [codes[0] for codes in one.codes(pixels)]
+            for precision, one in trained.items()}  # fmt: skip
+    texts = {precision: [code.text for code in codes] for precision, codes in best.items()}
+    assert texts["fp64"] == texts["fp32"]
+
+    model, tokenizer = trained["bf16"].model, trained["bf16"].tokenizer
+    assert isinstance(model, Seq2Seq)
+    assert tokenizer is not None
+    device = next(model.parameters()).device
+    image_BCHW = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device) / 255
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        ids = greedy(model, image_BCHW, model.config.max_tokens)
+    assert texts["bf16"] == [tokens.decode(tokenizer, row) for row in ids]
+    scores = {precision: [code.score for code in codes] for precision, codes in best.items()}
+    assert scores["bf16"] != scores["fp32"]
+    if device.type == "cpu":
+        assert best["fp16"] == best["fp32"]
+        assert said.startswith("pixloom: optim.precision = fp16 needs a GPU")
+        assert len(said.splitlines()) == 1
+    else:
+        assert scores["fp16"] != scores["fp32"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from browser import visit
 
-from pipeline import charts, diffs, report
+from pipeline import charts, diffs, report, validate
 from pipeline.charts import Curve
 from pipeline.markup import Html, page, tag
 from pipeline.models import Seq2Seq
@@ -68,6 +68,21 @@ def test_everything_of_an_autoencoder_is_there(pictures_run: Path, tmp_path: Pat
         assert words in text, words
     assert "token-confusion" not in text
     check_in_browser(out, tmp_path, SECTIONS)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_its_errors_are_those_of_validation(
+    precision: str,
+    pictures_run: Path,
+    with_precision: Callable[[Path, str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = with_precision(pictures_run, precision)
+    assert validate.main([str(run), "--split", "test", "--json"]) == 0
+    mse = json.loads(capsys.readouterr().out)["mse"]
+    looked = report.write_report(run, "test", "best", str(tmp_path / "report.html"), 0)
+    assert np.mean([one.error for one in looked.samples]) == pytest.approx(mse, rel=1e-6)
 
 
 def test_a_variational_one_s_draws_are_shown(

@@ -374,6 +374,24 @@ def test_half_precision_needs_a_gpu(
     assert run(tmp_path / "run", screens, "--optim.precision", "bf16") == 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, it is fp16")
+def test_a_run_of_half_precision_is_validated_in_single_without_a_gpu(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(trained), "--split", "test", "--json"]
+    assert validate.main(words) == 0
+    expected = capsys.readouterr().out
+    config = trained / "config.toml"
+    single = config.read_text()
+    config.write_text(single.replace('precision = "fp32"', 'precision = "fp16"'))
+    assert config.read_text() != single
+    assert validate.main(words) == 0
+    captured = capsys.readouterr()
+    assert captured.out == expected
+    assert captured.err.startswith("pixloom: optim.precision = fp16 needs a GPU")
+    assert len(captured.err.splitlines()) == 1
+
+
 def test_a_backbone_starts_from_torchvision_s_weights_and_trains(
     cpu: None, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
