@@ -274,8 +274,15 @@ def new_decoding(
     return Decoding(wanted.beam, wanted.length_penalty, known, wanted.mask)
 
 
-def check_metric(config: Config, task: Task) -> None:
-    """Raises `UserError` when validate.metric is none of the task's metrics."""
+def check_model(config: Config, task: Task) -> None:
+    """Raises `UserError` when validate.metric is none of the task's metrics, or the encoder sees
+    nothing before it has weights."""
+    blind = isinstance(config.model, Seq2SeqConfig) and config.model.encoder == "efficientnet_b0"
+    if blind and not config.run.init:
+        raise UserError(
+            "model.encoder = efficientnet_b0: its normalisation is frozen, and with random weights "
+            "it sees nothing; set run.init = torchvision, or to a file of its weights"
+        )
     names = task.metrics([1.0] * len(task.columns))
     if config.validate.metric and config.validate.metric not in names:
         raise UserError(

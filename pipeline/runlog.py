@@ -105,17 +105,23 @@ class RunLog:
         self._wait_s += wait_s
 
     def speed(self) -> dict[str, float]:
-        """Samples a second and the share of time spent waiting for data, since the last call."""
+        """Samples a second and the share of time spent waiting for data, since the last call or the
+        last validation."""
         elapsed_s = max(time.perf_counter() - self._since_s, 1e-9)
         speed = {
             "samples_per_s": round(self._samples / elapsed_s, 2),
             "data_wait": round(self._wait_s / elapsed_s, 4),
         }
-        self._since_s, self._samples, self._wait_s = time.perf_counter(), 0, 0.0
+        self._restart_clock()
         return speed
+
+    def _restart_clock(self) -> None:
+        self._since_s, self._samples, self._wait_s = time.perf_counter(), 0, 0.0
 
     def row(self, row: dict[str, Any], of: int) -> None:
         """Appends one JSON object to metrics.jsonl and shows it; `of` is the last step."""
+        if "split" in row:
+            self._restart_clock()  # validation is no part of the speed of training
         if not self.ranks.is_main:
             return
         self._append(json.dumps(row))

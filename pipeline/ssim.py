@@ -1,12 +1,11 @@
 """Structural similarity of images, one number a sample, as a metric and as a loss.
 
-Legend of shape suffixes: B batch, C channels, H height, W width, N planes (samples x channels x
-what is filtered), K places of the window along one axis.
+Legend of shape suffixes: B batch, C channels, H height, W width, K places of the window along one
+axis.
 """
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 WINDOW = 11
 """Places of the Gaussian window along each axis."""
@@ -31,12 +30,9 @@ def ssim(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
         one = first_BCHW.to(dtype).contiguous() - 0.5
         two = second_BCHW.to(dtype).contiguous() - 0.5
         planes = torch.stack([one, two, one * one, two * two, one * two])
-        planes_N1HW = planes.flatten(0, 2)[:, None]
-        for axis, size in ((2, height), (3, width)):
-            window_K = _window(size, planes_N1HW)
-            shape = [1, 1, -1, 1] if axis == 2 else [1, 1, 1, -1]
-            planes_N1HW = functional.conv2d(planes_N1HW, window_K.view(shape))
-        filtered = planes_N1HW.view(*planes.shape[:3], *planes_N1HW.shape[2:])
+        # Products of matrices, not convolutions: those round to TF32 on a GPU unless told not to.
+        rows_KH, columns_KW = (_band(size, planes) for size in (height, width))
+        filtered = rows_KH @ planes @ columns_KW.T
         mean1, mean2, square1, square2, product = filtered
         variances = square1 - mean1 * mean1 + square2 - mean2 * mean2
         covariance = product - mean1 * mean2
@@ -47,8 +43,13 @@ def ssim(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
         return ssim_B
 
 
-def _window(size: int, like: Tensor) -> Tensor:
-    places = min(WINDOW, size - 1 + size % 2)
-    offset_K = torch.arange(places, dtype=like.dtype, device=like.device) - places // 2
-    weight_K = (-0.5 * (offset_K / _SIGMA) ** 2).exp()
-    return weight_K / weight_K.sum()
+def _band(size: int, like: Tensor) -> Tensor:
+    """Kx`size`: the window at each of the places where it fits."""
+    width = min(WINDOW, size - 1 + size % 2)
+    offset = torch.arange(width, dtype=like.dtype, device=like.device) - width // 2
+    weight = (-0.5 * (offset / _SIGMA) ** 2).exp()
+    places = size - width + 1
+    band = like.new_zeros(places, size + 1)
+    band[:, :width] = weight / weight.sum()
+    # A row too long by one: laid end to end, each row begins one place further right.
+    return band.flatten()[: places * size].view(places, size)

@@ -6,8 +6,8 @@
     ... --optim.lr 3e-4 --run.dir runs/second                                   flags win
 
 A run is a pure function of (configuration, data digest, step): order, augmentation, dropout and
-learning rate are computed from the step. So a checkpoint holds tensors and one step, and a run
-that was killed goes on as if it had not been, on any number of processes.
+learning rate follow from the step. So a checkpoint holds tensors and one step, and a killed run
+goes on as if it had not been killed, on any number of processes.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class Run:
     parallel: Parallel
     task: Task
     model: nn.Module
-    """the bare model, under FSDP2 in parts; `wrapped` is the same one inside DDP and autocast"""
+    """the bare model, under FSDP2 in parts; `wrapped` is the same one inside DDP"""
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     """the bare optimizer; `wrapped_optimizer` scales gradients in fp16"""
@@ -121,7 +121,7 @@ def setup(config: Config, stop: StopRequest) -> Run:
         val_data = build.open_split(config, data, "val") if "val" in data.splits else None
         model = build.new_model(config, data)
         task = build_task(config.model, build.dtype_of(config), build.decoding_of(config, data))
-        build.check_metric(config, task)
+        build.check_model(config, task)
         check_launcher(config.optim.precision, decodes=task.decodes)
 
     accelerator = build.new_accelerator(config)
@@ -130,7 +130,7 @@ def setup(config: Config, stop: StopRequest) -> Run:
     lock = resume.lock_run(config, ranks, log)
     found = resume.find(config, data, ranks)
     if config.run.init and not found:
-        log.say(begin_from(config.run.init, config.model, model, ranks).line)
+        log.say(begin_from(config.run.init, config.model, model, ranks, data.tokenizer).line)
     parallel = share_model(model, accelerator)
     optimizer = build_optimizer(model, config.optim)
     wrapped, wrapped_optimizer = parallel.prepare(optimizer)
@@ -207,8 +207,7 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float) -> bool:
             accelerator.backward(micro_loss_sum * (share * run.ranks.world_size / max(weight, 1)))
         if share:
             loss_sum += micro_loss_sum.detach()
-    clip_norm = config.optim.clip_norm or math.inf
-    grad_norm = run.parallel.clip_grad_norm(clip_norm)
+    grad_norm = run.parallel.clip_grad_norm(config.optim.clip_norm or math.inf)
     lr = set_learning_rate(run.optimizer, state.step, config.optim, run.total_steps)
     finite = bool(torch.isfinite(grad_norm))
     if finite or accelerator.scaler is not None:  # fp16's scaler must see overflows itself
@@ -234,10 +233,12 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float) -> bool:
 
 def loss_of(run: Run, batch: Batch) -> Tensor:
     """The loss of a microbatch, on the device, to be divided by the weight of the step."""
-    return run.task.loss_sum(
-        run.wrapped, batch.to(run.accelerator.device), bare=run.model,
-        progress=run.state.step / run.total_steps, shift_px=run.config.data.shift_px,
-    )  # fmt: skip
+    batch, progress = batch.to(run.accelerator.device), run.state.step / run.total_steps
+    shift_px = run.config.data.shift_px
+    with run.accelerator.autocast():  # also for what decodes with the bare model
+        return run.task.loss_sum(
+            run.wrapped, batch, bare=run.model, progress=progress, shift_px=shift_px
+        )
 
 
 def validate(run: Run, data: BatchDataset) -> bool:
@@ -282,9 +283,8 @@ def save(run: Run) -> None:
 def settle_buckets(run: Run) -> None:
     """One backward pass that changes nothing, before the first step.
 
-    DDP lays out its gradient buckets anew after the first backward pass, and with three ranks or
-    more the layout decides in which order gradients are added. So a run that resumes would round
-    differently from the one that never stopped.
+    DDP lays its gradient buckets out anew after the first backward pass, and with three ranks or
+    more the layout decides the order of sums: without this, a resumed run would round differently.
     """
     replicas = 1 if isinstance(run.parallel, Sharded) else run.ranks.world_size
     if replicas == 1 or run.state.step >= run.total_steps:

@@ -5,6 +5,7 @@ Tensors that fit by name and shape are copied, the rest of the model stays as it
 A file is only ever read as tensors: nothing in it is run.
 """
 
+import hashlib
 import os
 import warnings
 from collections.abc import Mapping
@@ -20,12 +21,14 @@ from pipeline.export import MODEL_NAME, read_export
 from pipeline.models import ModelConfig, Seq2SeqConfig
 from pipeline.ranks import Ranks, said_once
 from pipeline.resume import together
+from shards.format import TokenizerEntry
 from shards.storage import UserError
 
 TORCHVISION = "torchvision"
 """of run.init: torchvision's default weights of the model's encoder"""
 
 _PREFIXES = ("", "encoder.")
+_OF_TOKENS = ("embedding.", "head.")
 _SHOWN_NAMES = 3
 
 
@@ -49,15 +52,24 @@ class WarmStart:
         return f"{line}; left out: {_shown(self.left_out)}" if self.left_out else line
 
 
-def begin_from(init: str, config: ModelConfig, model: nn.Module, ranks: Ranks) -> WarmStart:
+def begin_from(
+    init: str,
+    config: ModelConfig,
+    model: nn.Module,
+    ranks: Ranks,
+    tokenizer: TokenizerEntry | None = None,
+) -> WarmStart:
     """What run.init asks for: `warm_start` on every rank, which all call together.
+
+    Args:
+        tokenizer: the dataset's.
 
     Raises:
         UserError: as `warm_start`; or torchvision's weights cannot be had.
     """
     if init != TORCHVISION:
         with said_once():
-            return warm_start(model, init)
+            return warm_start(model, init, tokenizer)
     with said_once():
         name = config.encoder if isinstance(config, Seq2SeqConfig) else "cnn"
         if name == "cnn":
@@ -72,7 +84,9 @@ def begin_from(init: str, config: ModelConfig, model: nn.Module, ranks: Ranks) -
         return _copy(*_download(name), model)
 
 
-def warm_start(model: nn.Module, path: str | Path) -> WarmStart:
+def warm_start(
+    model: nn.Module, path: str | Path, tokenizer: TokenizerEntry | None = None
+) -> WarmStart:
     """Copies into `model`, in place, every tensor of the file that fits by name and shape.
 
     A name of the model's encoder may do without `encoder.`, as torchvision's names do:
@@ -83,15 +97,19 @@ def warm_start(model: nn.Module, path: str | Path) -> WarmStart:
         model: the bare model, on the CPU.
         path: the folder of an export, a `.safetensors` file, or a `.pth` or `.pt` file of a state
             dict. The latter two may hold anything: they are read with `weights_only=True`.
+        tokenizer: the dataset's. An export with another one gives neither embedding nor output
+            layer, where each row is a token's.
 
     Raises:
         UserError: the file cannot be read or holds other things than tensors, or nothing fits.
     """
-    path = Path(path)
+    path, foreign = Path(path), False
     if path.is_dir():
-        read_export(path)  # for its hashes
+        text = read_export(path).tokenizer_json  # with all hashes checked
+        if text is not None and tokenizer is not None:
+            foreign = hashlib.sha256(text.encode()).hexdigest() != tokenizer.sha256
         path = path / MODEL_NAME
-    return _copy(str(path), _read_tensors(path), model)
+    return _copy(str(path), _read_tensors(path), model, _OF_TOKENS if foreign else ())
 
 
 def _download(name: str) -> tuple[str, dict[str, Tensor]]:
@@ -121,13 +139,15 @@ def _download(name: str) -> tuple[str, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _copy(source: str, tensors: Mapping[str, Tensor], model: nn.Module) -> WarmStart:
+def _copy(
+    source: str, tensors: Mapping[str, Tensor], model: nn.Module, without: tuple[str, ...] = ()
+) -> WarmStart:
     own = model.state_dict()
     taken, left_out = [], []
     for name, tensor in tensors.items():
         names = [prefix + name for prefix in _PREFIXES]
         target = next((one for one in names if one in own and _fits(own[one], tensor)), None)
-        if target is None:
+        if target is None or target.startswith(without):
             left_out.append(name)
         else:
             own[target].copy_(tensor)

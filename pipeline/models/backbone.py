@@ -32,7 +32,7 @@ class Backbone(nn.Sequential):
 
     BatchNorm is frozen: its scales, shifts and statistics are buffers that a state dict fills and
     training leaves alone, so that a sample's result does not depend on its batch. Without such a
-    file they do nothing, and EfficientNet's features come out near 1e-9.
+    file they do nothing, and EfficientNet's features come out near 1e-9: training refuses that.
 
     Each layer that halves a size takes n to ceil(n / 2), so the grid of an image is
     ceil(height / 16) x ceil(width / 16).

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torchvision
 from accelerate.state import AcceleratorState
 
 from pipeline import checkpoint, order, train, validate
+from pipeline.ranks import Ranks
+from pipeline.runlog import RunLog
 from shards import pack, synth
 from shards.storage import load_manifest
 
@@ -65,6 +68,7 @@ def test_a_folder_without_manifest(tmp_path: Path, capsys: pytest.CaptureFixture
         ),
         (["--validate.metric", "exactmatch"], "validate.metric = exactmatch: choose one of loss, "),
         (["--model.max_tokens", 9], "model.max_tokens = 9 would cut them short"),
+        (["--model.encoder", "efficientnet_b0"], "with random weights it sees nothing; set run.i"),
     ],
 )
 def test_what_does_not_fit(
@@ -390,6 +394,33 @@ def test_a_run_of_half_precision_is_validated_in_single_without_a_gpu(
     assert captured.out == expected
     assert captured.err.startswith("pixloom: optim.precision = fp16 needs a GPU")
     assert len(captured.err.splitlines()) == 1
+
+
+def test_what_decodes_in_training_has_the_precision_of_training(
+    cpu: None, screens: Path, tmp_path: Path
+) -> None:
+    dtypes: set[torch.dtype] = set()
+
+    def look(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        if isinstance(module, torch.nn.Linear):
+            dtypes.add(output.dtype)
+
+    words = ("--optim.precision", "bf16", "--model.risk_weight", 1, "--model.risk_beam", 2)
+    hook = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        assert run(tmp_path / "run", screens, *words, "--run.steps", 1) == 0
+    finally:
+        hook.remove()
+    assert dtypes == {torch.bfloat16}
+
+
+def test_the_speed_of_training_is_without_validation(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, Ranks())
+    log.count(10, 0.0)
+    time.sleep(0.5)
+    log.row({"step": 1, "split": "val"}, of=2)
+    log.count(10, 0.0)
+    assert log.speed()["samples_per_s"] > 100
 
 
 def test_a_backbone_starts_from_torchvision_s_weights_and_trains(

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.config import config_of_run
+from pipeline.datasets import Datasets
 from pipeline.export import write_export
 from pipeline.models import AutoencoderConfig, Seq2Seq, Seq2SeqConfig, build_model
 from pipeline.ranks import Ranks
@@ -143,6 +146,21 @@ def test_an_export_starts_another_run(screens_run: Path, tmp_path: Path) -> None
     (export.folder / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"tokenizer\.json: sha256 differs"):
         warm_start(trained, export.folder)
+
+
+def test_an_export_with_another_tokenizer_gives_nothing_that_is_a_token_s(
+    screens_run: Path, tmp_path: Path
+) -> None:
+    export = write_export(screens_run, "last", tmp_path / "export")
+    entry = Datasets.of(config_of_run(screens_run).data).tokenizer
+    assert entry is not None
+    assert warm_start(export.build_model(), export.folder, entry).left_out == ()
+    other = replace(entry, sha256="0" * 64)
+    model = export.build_model()
+    report = warm_start(model, export.folder, other)
+    assert set(report.left_out) == {"embedding.weight", "head.weight", "head.bias"}
+    assert set(report.taken) == set(model.state_dict()) - set(report.left_out)
+    assert "left out: " in report.line
 
 
 def test_what_does_not_fit_stays_as_it_was(tmp_path: Path) -> None:
