@@ -18,8 +18,12 @@ from pipeline.models.seq2seq import (
     State,
     attend,
     merge_heads,
+    sinusoids,
     split_heads,
 )
+
+TIME_DIM = 32
+"""Features of a token's place in the code."""
 
 
 class RecurrentSeq2Seq(Seq2Seq):
@@ -27,7 +31,8 @@ class RecurrentSeq2Seq(Seq2Seq):
     the output, beside what multi-head attention finds. Attention does not feed back, so teacher
     forcing is one fused call.
 
-    The state is (hidden_BD, cell_BD), a GRU's (hidden_BD,).
+    The state is (read_B, hidden_BD, cell_BD), a GRU's (read_B, hidden_BD): how many tokens it has
+    read, int64, and the network's own.
 
     After "Show, Attend and Tell" (Xu et al., 2015, arXiv:1502.03044); the GRU is that of Cho et al.
     (2014, arXiv:1406.1078).
@@ -53,30 +58,39 @@ class RecurrentSeq2Seq(Seq2Seq):
             self.gru = nn.GRU(input_dim, hidden_dim, batch_first=True)
         known_dim = hidden_dim + config.latent_dim
         if self.attends:
-            self.query = nn.Linear(hidden_dim, hidden_dim + config.num_heads * grid.POSITION_DIM)
+            # What it writes in a row of code lies in a row of the image: by its place in the code
+            # a query finds its place in the grid in a fraction of the steps that the state takes.
+            query_dim = hidden_dim + config.num_heads * grid.POSITION_DIM
+            self.query = nn.Linear(hidden_dim + TIME_DIM, query_dim)
             known_dim += hidden_dim
         self.combine = nn.Linear(known_dim, 2 * hidden_dim)
         self.head = nn.Linear(2 * hidden_dim, vocab_size)
 
     def _start(self, latent_BL: Tensor) -> State:
         parts = torch.tanh(self.start(latent_BL)).chunk(self.num_states, dim=1)
-        return tuple(part_BD.contiguous() for part_BD in parts)
+        read_B = torch.zeros(len(latent_BL), dtype=torch.int64, device=latent_BL.device)
+        return (read_B, *(part_BD.contiguous() for part_BD in parts))
 
     def _decode(self, token_BT: Tensor, state: State, memory: Memory) -> Decoded:
-        latent_BTL = memory.latent_BL[:, None].expand(-1, token_BT.shape[1], -1)
+        read_B, length = state[0], token_BT.shape[1]
+        latent_BTL = memory.latent_BL[:, None].expand(-1, length, -1)
         embedding_BTE = self.dropout(self.embedding(token_BT))
         input_BTI = torch.cat([embedding_BTE, latent_BTL], dim=2)
         if self.config.decoder == "lstm":
-            hidden_1BD, cell_1BD = state[0][None], state[1][None]
-            hidden_BTD, (hidden_1BD, cell_1BD) = self.lstm(input_BTI, (hidden_1BD, cell_1BD))
-            state = hidden_1BD[0], cell_1BD[0]
+            before = state[1][None], state[2][None]
+            hidden_BTD, (hidden_1BD, cell_1BD) = self.lstm(input_BTI, before)
+            state = (read_B + length, hidden_1BD[0], cell_1BD[0])
         else:
-            hidden_BTD, hidden_1BD = self.gru(input_BTI, state[0][None])
-            state = (hidden_1BD[0],)
+            hidden_BTD, hidden_1BD = self.gru(input_BTI, state[1][None])
+            state = (read_B + length, hidden_1BD[0])
         hidden_BTD = self.dropout(hidden_BTD)
         known, query_BATK = [hidden_BTD], None
         if self.attends:
-            query_BATK = split_heads(self.query(hidden_BTD), self.num_heads)
+            place_BT = read_B[:, None] + torch.arange(length, device=read_B.device)
+            # Of the weights' type: under autocast the state's cannot count so far.
+            time_BTD = sinusoids(place_BT.to(self.query.weight.dtype), TIME_DIM)
+            query_BTD = self.query(torch.cat([hidden_BTD, time_BTD], dim=2))
+            query_BATK = split_heads(query_BTD, self.num_heads)
             seen_BATU = attend(query_BATK, memory.key_BANK, memory.value_BANU)
             known.append(merge_heads(seen_BATU))
         known_BTI = torch.cat([*known, latent_BTL], dim=2)

@@ -311,6 +311,17 @@ def merge_heads(feature_BATU: Tensor) -> Tensor:
     return feature_BATU.transpose(1, 2).flatten(2)
 
 
+def sinusoids(position: Tensor, size: int) -> Tensor:
+    """Sines and cosines of floating positions, `size` of them along a new last dimension.
+
+    Their wavelengths go from 2 pi to 10000 * 2 pi in geometric steps.
+    """
+    half = -(-size // 2)
+    place = torch.arange(half, device=position.device, dtype=position.dtype)
+    phase = position[..., None] * torch.exp(place * (-math.log(10000) / half))
+    return torch.cat([phase.sin(), phase.cos()], dim=-1)[..., :size]
+
+
 def _for_rows(memory: Memory, num_rows: int) -> Memory:
     """With `latent_BL` repeated to that many rows; `attend` shares the others."""
     codes = num_rows // max(len(memory.latent_BL), 1)

@@ -5,7 +5,6 @@ K query and key features of a head, U value features of a head, L latent, E embe
 I what a layer reads.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from pipeline.models.seq2seq import (
     State,
     attend,
     merge_heads,
+    sinusoids,
     split_heads,
 )
 
@@ -74,7 +74,7 @@ class TransformerSeq2Seq(Seq2Seq):
             first, first + length, device=token_BT.device, dtype=embedding_BTE.dtype
         )
         input_BTD = self.enter(torch.cat([embedding_BTE, latent_BTL], dim=2))
-        input_BTD = self.dropout(input_BTD + _sinusoids(position_T, self.config.hidden_dim))
+        input_BTD = self.dropout(input_BTD + sinusoids(position_T, self.config.hidden_dim))
         hidden_BTD, state, query_BATK = self.transformer(input_BTD, state, memory)
         return Decoded(self.head(hidden_BTD), state, query_BATK)
 
@@ -139,11 +139,3 @@ class Layer(nn.Module):
         wide_BTI = functional.gelu(self.think(self.norm_think(hidden_BTD)))
         hidden_BTD = hidden_BTD + self.dropout(self.think_out(wide_BTI))
         return hidden_BTD, Past(key_BATU, value_BATU), query_BATK
-
-
-def _sinusoids(position_T: Tensor, size: int) -> Tensor:
-    """TxD: sines and cosines of wavelengths from 2 pi to 10000 * 2 pi, in geometric steps."""
-    half = -(-size // 2)
-    place = torch.arange(half, device=position_T.device, dtype=position_T.dtype)
-    phase_TD = position_T[:, None] * torch.exp(place * (-math.log(10000) / half))
-    return torch.cat([phase_TD.sin(), phase_TD.cos()], dim=1)[:, :size]

@@ -211,8 +211,8 @@ def test_a_vector_has_no_attention_to_show() -> None:
         model.attention(images(1), torch.zeros(1, 2, dtype=torch.int64))
 
 
-def test_the_default_is_the_model_that_older_checkpoints_hold() -> None:
-    """Their names, in their order."""
+def test_the_default_model_s_tensors_keep_their_names_and_their_order() -> None:
+    """Checkpoints hold them."""
     layers = ("position", "key", "value", "summary", "start")
     names = list(seq2seq().state_dict())
     assert names == [
@@ -266,6 +266,8 @@ def test_padding_changes_no_logits_before_it(config: Seq2SeqConfig) -> None:
 @pytest.mark.parametrize("config", [*DECODERS, AUTOENCODER, *BACKBONES])
 def test_samples_do_not_see_their_batch(config: Seq2SeqConfig | AutoencoderConfig) -> None:
     torch.manual_seed(0)
+    if isinstance(config, Seq2SeqConfig):
+        config = replace(config, latent_dropout=0.0)
     model = build_model(
         config, image_channels=3, image_height=32, image_width=48, vocab_size=VOCAB_SIZE
     ).train()
