@@ -42,7 +42,7 @@ from pipeline.runlog import read_rows
 from pipeline.stream import BatchDataset, BatchPlan
 from pipeline.tasks import build_task, prepare_images, references
 from shards import engines, storage, tokens
-from shards.errors import redact
+from shards.errors import one_line, redact
 from shards.format import BOS, TOKENIZER_NAME
 from shards.images import viewable
 from shards.storage import UserError
@@ -790,7 +790,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, split, which = arguments.run, arguments.split, arguments.checkpoint
         looked = write_report(run, split, which, out, arguments.samples)
         row = {"page": out, "samples": len(looked.samples), "damaged": len(looked.damaged)}
-        print(json.dumps(row) if arguments.json else out)
+        print(json.dumps(row) if arguments.json else one_line(out))
         return 0
 
     return storage.command("report", action)

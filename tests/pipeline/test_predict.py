@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -343,6 +344,17 @@ def test_pages_are_written_beside_codes(
         status, printed, err = call(capsys, *words)
         assert (status, printed) == (2, "")
         assert message in err
+
+
+def test_a_name_that_is_not_utf8_is_no_hindrance(
+    exported: Path, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / os.fsdecode(b"caf\xe9.png")
+    shutil.copy(screens.parent / "raw" / "000000.png", image)
+    words = ["--grammar", "web", "--html", "--out", tmp_path / "out"]
+    assert call(capsys, exported, image, *words)[0] == 0
+    page = tmp_path / "out" / os.fsdecode(b"caf\xe9.html")
+    assert "<title>caf\\udce9.txt</title>" in page.read_text()
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """The page of a run: everything is on it, and a real browser without a network shows it."""
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -109,15 +110,20 @@ def test_the_browser_would_notice(tmp_path: Path) -> None:
 def test_without_a_validation_split_it_is_another(
     screens: Path, tmp_path: Path, train_small: Callable[[Path, Path, str], Path]
 ) -> None:
-    data = tmp_path / "shards"
+    """And names that are not UTF-8 are shown by their bytes."""
+    raw, data = tmp_path / "raw", tmp_path / "shards"
+    shutil.copytree(screens.parent / "raw", raw)
+    for path in list(raw.iterdir()):
+        path.rename(raw / os.fsdecode(b"\xe9" + os.fsencode(path.name)))
     words = "--size 48x32 --split train=rest,dev=5 --workers 0"
-    assert pack.main([str(screens.parent / "raw"), str(data), *words.split()]) == 0
+    assert pack.main([str(raw), str(data), *words.split()]) == 0
     settings = """
     --run.steps 2 --batch.global_size 4 --batch.micro_size 4 --model.channels 8,16
     --model.hidden_dim 32 --model.max_tokens 128
     """
     run = train_small(tmp_path / "run", data, settings)
-    text = write(run, tmp_path / "report.html", "--samples", 2)
+    text = write(run, tmp_path / os.fsdecode(b"\xe9.html"), "--samples", 2)
+    assert "\\udce9000" in text
     assert "2 of the 75 samples of train" in text
     assert "no validation yet" in text
     assert "None yet." in text
