@@ -232,7 +232,7 @@ def predict(
 ) -> Generator[Prediction, None, None]:
     """One prediction a source: refusals as they are met, the others in their order, by batches."""
     waiting: list[tuple[Source, NDArray[np.uint8]]] = []
-    for number, (source, read) in enumerate(_readers(found, trained.suffixes), 1):
+    for source, read in _readers(found, trained.suffixes):
         try:
             with images.memory_explained(source.path):
                 waiting.append((source, trained.pixels(read())))
@@ -240,18 +240,27 @@ def predict(
             yield Prediction(source, refused=refused.cause)
         except OSError as error:
             yield Prediction(source, refused=error.strerror or str(error))
-        if waiting and (len(waiting) == batch_size or number == len(found)):
-            batch = [pixels for _, pixels in waiting]
-            if isinstance(trained.model, Seq2Seq):
-                for (one, _), codes in zip(waiting, trained.codes(batch), strict=True):
-                    yield Prediction(one, code=codes[0].text, codes=codes)
-            else:
-                names = [_shown(one.path) for one, _ in waiting]
-                rebuilt, rows = trained.reconstructions(names, batch)
-                for (one, _), pixels, row in zip(waiting, rebuilt, rows.each(), strict=True):
-                    mse, score = float(row.mse_B), float(row.score_B)
-                    yield Prediction(one, pixels=pixels, mse=mse, score=score, latent=row)
+        if len(waiting) == batch_size:
+            yield from _answers(trained, waiting)
             waiting = []
+    if waiting:
+        yield from _answers(trained, waiting)
+
+
+def _answers(
+    trained: Trained, read: Sequence[tuple[Source, NDArray[np.uint8]]]
+) -> Iterator[Prediction]:
+    """What the model makes of one batch."""
+    batch = [pixels for _, pixels in read]
+    if isinstance(trained.model, Seq2Seq):
+        for (one, _), codes in zip(read, trained.codes(batch), strict=True):
+            yield Prediction(one, code=codes[0].text, codes=codes)
+    else:
+        names = [_shown(one.path) for one, _ in read]
+        rebuilt, rows = trained.reconstructions(names, batch)
+        for (one, _), pixels, row in zip(read, rebuilt, rows.each(), strict=True):
+            mse, score = float(row.mse_B), float(row.score_B)
+            yield Prediction(one, pixels=pixels, mse=mse, score=score, latent=row)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -296,7 +305,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         raise UserError("--html: needs --out FOLDER, and a model that writes code")
     if arguments.html and arguments.code_suffix == ".html":
         raise UserError("--html: the page would replace the code; give another --code-suffix")
-    found = find_images(arguments.images, trained.suffixes)
+    found = _once(find_images(arguments.images, trained.suffixes))
     outputs: dict[Source, Path] = {}
     if arguments.out is not None:
         picture = ".png" if trained.image.channels in COLOUR_CHANNELS else ".npy"
@@ -345,6 +354,20 @@ def _predict(arguments: argparse.Namespace) -> int:
     if outputs:
         print(f"{num_done} of {len(done)} images: {arguments.out}", file=sys.stderr)
     return 0 if num_done == len(done) else 1
+
+
+def _once(found: Sequence[Source]) -> list[Source]:
+    """Without those that were named before, of which a line tells."""
+    first: dict[tuple[str, str], Source] = {}
+    again: list[Source] = []
+    for source in found:
+        if first.setdefault((source.path, source.stem), source) is not source:
+            again.append(source)
+    if again:
+        line = f"{_shown(again[0].path)}: named more than once, predicted once"
+        more = f"; and so are {len(again) - 1} others" if len(again) > 1 else ""
+        print(f"pixloom predict: {line}{more}", file=sys.stderr)
+    return list(first.values())
 
 
 def _latents(
@@ -455,12 +478,12 @@ def _readers(
         if not root:
             yield from ((one, functools.partial(_read, Path(one.path), suffixes)) for one in group)
             continue
-        files = {
-            one: FileRead(one.path.removeprefix(root), one.num_bytes, images.MAX_FILE_BYTES)
+        files = [
+            (one, FileRead(one.path.removeprefix(root), one.num_bytes, images.MAX_FILE_BYTES))
             for one in group
-        }
-        with sources.reading(root, files.values()) as read:
-            for one, file in files.items():
+        ]
+        with sources.reading(root, [file for _, file in files]) as read:
+            for one, file in files:
                 yield one, functools.partial(_read_stored, one.path, suffixes, read, file)
 
 

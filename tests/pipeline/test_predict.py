@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,8 @@ def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, 
     capsys.readouterr()
     status = predict.main([str(word) for word in words])
     captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    # Less the lines of progress, which a slow machine has time for.
+    return status, captured.out, re.sub(r"(?m)^predicted: \d.*\n", "", captured.err)
 
 
 def test_a_run_and_its_export_say_what_validation_decodes(
@@ -402,6 +404,14 @@ def test_images_on_a_store(
     assert len(printed.splitlines()) == 3
     assert err == f"pixloom predict: {folder}/bad.png: unsupported_format\n"
     assert call(capsys, exported, f"{folder}/b.png") == call(capsys, exported, local / "b.png")
+    once = call(capsys, exported, f"{folder}/b.png", f"{folder}/a.png")
+    words = [f"{folder}/b.png", f"{folder}/a.png", f"{folder}/b.png", "--out", tmp_path / "once"]
+    again = call(capsys, exported, *words[:3])
+    assert again[:2] == once[:2]
+    assert again[2] == f"pixloom predict: {folder}/b.png: named more than once, predicted once\n"
+    assert call(capsys, exported, *words)[0] == 0
+    twice = predict.find_images([f"{folder}/b.png"] * 2)
+    assert len(list(predict.predict(Trained.open(exported), twice, 4))) == 2
     assert call(capsys, exported, folder, "--out", tmp_path / "out")[0] == 1
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.txt")) == [
         "a.txt", "b.txt", "c.txt",
