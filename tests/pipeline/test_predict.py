@@ -1,9 +1,11 @@
 """Prediction: the pixels that packing gives, the codes that validation finds, and plain errors."""
 
+import io
 import json
 import math
 import os
 import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -257,7 +259,12 @@ def test_what_is_refused_is_named_and_the_rest_is_done(
     (folder / "c.png").write_bytes((raw / "000004.png").read_bytes()[:300])
     (folder / "d.png").write_text("no image either")
     (folder / "link.png").symlink_to(raw / "000005.png")
-    gone = tmp_path / "gone.png"
+    gone, circle = tmp_path / "gone.png", tmp_path / "circle.png"
+    circle.symlink_to(circle)
+    words = [exported, circle, raw / "000000.png", "--out", tmp_path / "out"]
+    status, out, err = call(capsys, *words)
+    assert (status, len(out.splitlines())) == (1, 1)
+    assert f"pixloom predict: {circle}: Too many levels of symbolic links\n" in err
     words = [exported, folder, gone, folder / "empty", raw / "000000.png", "--json"]
     status, out, err = call(capsys, *words)
     assert status == 1
@@ -302,11 +309,14 @@ def test_codes_go_to_files_and_none_is_lost(
     assert len(printed.splitlines()) == 3
 
     before = {path: path.read_bytes() for path in source.rglob("*.*")}
+    long = Path(shutil.copy(raw / "000001.png", tmp_path / f"{'a' * 251}.png"))
     for words, message in [
         ([source, "--out", source, "--code-suffix", ".gui"], "a.gui: is already there; give --ov"),
         ([source, "--out", source, "--code-suffix", ".png", "--overwrite"], "is one of the images"),
         ([source / "a.png", source / "sub/a.png", "--out", out], "would both be written to"),
         ([source, "--code-suffix", "../x"], "--code-suffix ../x"),
+        ([source, "--code-suffix", ".gui"], "--code-suffix: needs --out FOLDER, and a model that"),
+        ([long, "--out", out, "--code-suffix", ".long"], "a.long: File name too long"),
         ([source, "--batch-size", 0], "--batch-size 0"),
     ]:
         status, printed, err = call(capsys, exported, *words)
@@ -341,11 +351,68 @@ def test_pages_are_written_beside_codes(
     for words, message in [
         ([exported, raw, "--html"], "--html: needs --out FOLDER"),
         ([pictures_run, raw, "--html", "--out", out], "--html: needs --out FOLDER, and a model"),
+        ([pictures_run, raw, "--code-suffix", ".gui", "--out", out], "--code-suffix: needs"),
         ([exported, raw, "--html", "--out", out, "--code-suffix", ".html"], "would replace"),
     ]:
         status, printed, err = call(capsys, *words)
         assert (status, printed) == (2, "")
         assert message in err
+
+
+def test_what_cannot_be_written_loses_nothing_else(
+    exported: Path, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What came before it was told by then, and no file is left half written."""
+    raw, out = screens.parent / "raw", tmp_path / "out"
+    images = [raw / f"00000{number}.png" for number in range(3)]
+    words = [exported, *images, "--out", out, "--batch-size", 1, "--overwrite"]
+    (out / "000001.txt").mkdir(parents=True)
+    status, printed, err = call(capsys, *words)
+    assert (status, err) == (2, f"pixloom predict: error: {out}/000001.txt: Is a directory\n")
+    assert [line.split("\t")[0] for line in printed.splitlines()] == [str(images[0])]
+    status, printed, _ = call(capsys, *words, "--json")
+    rows = json.loads(printed)["images"]
+    assert (status, [row["file"] for row in rows]) == (2, [f"{out}/000000.txt"])
+
+    (out / "000001.txt").rmdir()
+    before = (out / "000000.txt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        status, _, err = call(capsys, *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (status, err) == (2, f"pixloom predict: error: {out}/000000.txt: File too large\n")
+    assert {path: path.read_bytes() for path in out.iterdir()} == {out / "000000.txt": before}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_go_to_stdout_beside_a_progress_bar(
+    exported: Path, screens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [str(screens.parent / "raw" / f"00000{number}.png") for number in range(2)]
+    stdout, stderr = io.StringIO(), Terminal()
+    monkeypatch.setattr("sys.stdout", stdout)
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert predict.main([str(exported), *images]) == 0
+    assert "predicted" in stderr.getvalue()
+    assert [line.split("\t")[0] for line in stdout.getvalue().splitlines()] == images
+
+
+def test_a_reader_that_goes_away_is_one_line(
+    exported: Path, screens: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert predict.main([str(exported), str(screens.parent / "raw" / "000000.png")]) == 2
+    assert capsys.readouterr().err == "pixloom predict: error: stdout: Broken pipe\n"
 
 
 def test_a_name_that_is_not_utf8_is_no_hindrance(
