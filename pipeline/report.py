@@ -469,8 +469,9 @@ class _Report:
         for path in sorted(self.run.glob("validate-*.json")):
             with contextlib.suppress(OSError, ValueError):
                 facts = json.loads(path.read_text("utf-8"))
-                parts.append(tag("h3", f"Of {path.name}"))
-                parts.append(_facts({name: _number(value) for name, value in facts.items()}))
+                if isinstance(facts, dict):  # else a stranger's
+                    parts.append(tag("h3", f"Of {path.name}"))
+                    parts.append(_facts({name: _number(value) for name, value in facts.items()}))
         return join(parts or [tag("p", "None yet.")])
 
     def _configuration(self) -> Html:

@@ -139,6 +139,7 @@ def test_what_comes_from_outside_is_text(
     config = run / "config.toml"
     config.write_text(config.read_text().replace(str(screens), str(data)))
     (run / "validate-<u>.json").write_text('{"<u>": "<s>"}')
+    (run / "validate-list.json").write_text("[1]")
     with (run / "metrics.jsonl").open("a") as log:
         log.write('{"step": 61, "loss": NaN, "<em>": 2}\n{"step": 62, "lo')
     shard = bytearray((data / "test" / "000000.tar").read_bytes())
