@@ -370,19 +370,16 @@ class _Report:
 
     def _attention(self, samples: Sequence[Sample]) -> Html | None:
         """Where the model looked while it wrote; None for models that do not look."""
-        attention = getattr(self.model, "attention", None)
+        assert isinstance(self.model, Seq2Seq)
         samples = [sample for sample in samples if sample.guess][:_ATTENDED_SAMPLES]
-        if attention is None or not samples:
+        if not self.model.attends or not samples:
             return None
         articles = []
         for sample in samples:
             batch = self._read([sample.place])
             images = prepare_images(batch, dtype_of(self.config))
             token_BT = torch.tensor([[BOS, *sample.guess]], device=self.device)
-            try:
-                weight_BATN, (rows, columns) = attention(images, token_BT)
-            except ValueError:
-                return None
+            weight_BATN, (rows, columns) = self.model.attention(images, token_BT)
             weight_TRC = weight_BATN[0].float().mean(0).reshape(-1, rows, columns)
             places = _spread([p for p, one in enumerate(sample.guess) if self._is_word(one)])
             figures = (

@@ -58,8 +58,7 @@ def test_everything_of_a_seq2seq_run_is_there(
         assert words in text, words
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)""", text)
     assert len(text) < 1_000_000
-    attention = ["attention"] if hasattr(Seq2Seq, "attention") else []
-    check_in_browser(out, tmp_path, [*SECTIONS, "token-confusion", *attention])
+    check_in_browser(out, tmp_path, [*SECTIONS, "token-confusion", "attention"])
 
 
 def test_everything_of_an_autoencoder_is_there(pictures_run: Path, tmp_path: Path) -> None:
@@ -119,13 +118,14 @@ def test_without_a_validation_split_it_is_another(
     assert pack.main([str(raw), str(data), *words.split()]) == 0
     settings = """
     --run.steps 2 --batch.global_size 4 --batch.micro_size 4 --model.channels 8,16
-    --model.hidden_dim 32 --model.max_tokens 128
+    --model.hidden_dim 32 --model.max_tokens 128 --model.memory vector
     """
     run = train_small(tmp_path / "run", data, settings)
     text = write(run, tmp_path / os.fsdecode(b"\xe9.html"), "--samples", 2)
     assert "\\udce9000" in text
     assert "2 of the 75 samples of train" in text
     assert "no validation yet" in text
+    assert 'id="attention"' not in text
     assert "None yet." in text
 
 
