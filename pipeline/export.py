@@ -102,6 +102,8 @@ class TrainedRun:
 
     config: Config
     data: Datasets
+    chosen: str
+    """the checkpoint, as `checkpoint.choose` names it"""
     meta: checkpoint.Meta
     model: nn.Module
     tokenizer_json: str | None
@@ -129,7 +131,7 @@ def open_run(run: Path, which: str) -> TrainedRun:
         text = storage.read_text(url)
         if hashlib.sha256(text.encode()).hexdigest() != data.tokenizer.sha256:
             raise UserError(f"{url}: not the tokenizer that the manifest names; pack again")
-    return TrainedRun(config, data, meta, load_model(config, data, chosen), text)
+    return TrainedRun(config, data, chosen, meta, load_model(config, data, chosen), text)
 
 
 def write_export(run: Path, which: str, folder: Path, *, overwrite: bool = False) -> Export:

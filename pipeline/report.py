@@ -116,12 +116,11 @@ def write_report(run: Path, split: str | None, which: str, out: str, num_samples
     Raises:
         UserError: the run has no checkpoint, or its dataset is not there; there is no such split.
     """
-    chosen = checkpoint.choose(run, which)
     trained = open_run(run, which)
     if split is None:
         has = trained.data.splits
         split = next((name for name in ("val", "test", "train") if name in has), has[0])
-    report = _Report(run, trained, chosen, split)
+    report = _Report(run, trained, split)
     precision = autocast_of(for_reading(trained.config), report.device)
     with torch.inference_mode(), precision:
         looked = report.look(num_samples)
@@ -132,8 +131,10 @@ def write_report(run: Path, split: str | None, which: str, out: str, num_samples
 class _Report:
     """A run that is open, with the parts of its page."""
 
-    def __init__(self, run: Path, trained: TrainedRun, chosen: str, split: str) -> None:
-        self.run, self.trained, self.chosen, self.split = run, trained, chosen, split
+    def __init__(self, run: Path, trained: TrainedRun, split: str) -> None:
+        self.run, self.trained, self.split = run, trained, split
+        # Of the whole run: that of the checkpoint that is shown knows of nothing after it.
+        self.state = checkpoint.newest_state(run)
         self.config, self.data = trained.config, trained.data
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = trained.model.eval().to(self.device)
@@ -238,8 +239,7 @@ class _Report:
         return page(f"{name} - pixloom report", STYLE, body)
 
     def _summary(self, looked: Looked) -> Html:
-        state = self.trained.meta.state
-        model = self.config.model
+        state, model = self.state, self.config.model
         size = sum(parameter.numel() for parameter in self.model.parameters())
         metric = self.config.validate.metric or build_task(model).metric
         best = "no validation yet"
@@ -248,7 +248,7 @@ class _Report:
         counted = f"{len(looked.samples)} of the {looked.num_in_split} samples of {self.split}"
         facts: dict[str, object] = {
             "model": f"{model.name}, {size / 1e6:.2f} M parameters",
-            "checkpoint": f"{checkpoint.name_of(self.chosen)} of {self.run}",
+            "checkpoint": f"{checkpoint.name_of(self.trained.chosen)} of {self.run}",
             "best validation": best,
             "trained on": self.data.label,
             "looked at for this page": counted,
@@ -495,7 +495,7 @@ class _Report:
         )
 
     def _dataset(self, looked: Looked) -> Html:
-        state = self.trained.meta.state
+        state = self.state
         parts: list[object] = []
         for root, manifest in zip(self.data.roots, self.data.manifests, strict=True):
             image, tokenizer = manifest.image, manifest.tokenizer
@@ -537,10 +537,10 @@ class _Report:
 
     def _checkpoints(self) -> Html:
         found = checkpoint.committed(checkpoint.directory_of(self.run))
-        best = self.trained.meta.state.best_step
+        best = self.state.best_step
         rows: list[tuple[object, ...]] = [("checkpoint", "notes")]
         for path in found[-_MOST_LINES:]:
-            notes = ["shown here"] if path == self.chosen else []
+            notes = ["shown here"] if path == self.trained.chosen else []
             notes += ["best validation"] if checkpoint.step_of(path) == best else []
             rows.append((checkpoint.name_of(path), ", ".join(notes)))
         return _table(rows)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from browser import visit
 
-from pipeline import charts, diffs, report, validate
+from pipeline import charts, checkpoint, diffs, report, validate
 from pipeline.charts import Curve
 from pipeline.markup import Html, page, tag
 from pipeline.models import Seq2Seq
@@ -154,6 +154,37 @@ def test_what_comes_from_outside_is_text(
     assert "&lt;b&gt;run&amp;" in text
     assert "&lt;em&gt;" in text
     assert "&lt;s&gt;" in text
+
+
+def test_of_an_older_checkpoint_the_rest_of_the_run_is_told(
+    screens_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the one that is shown is hashed once."""
+    state = checkpoint.Meta.read(checkpoint.choose(screens_run, "last")).state
+    assert state.best_step == 60
+    sha256_of, hashed = checkpoint.sha256_of, Counter[Path]()
+
+    def counting(path: Path) -> str:
+        hashed[path] += 1
+        return sha256_of(path)
+
+    monkeypatch.setattr(checkpoint, "sha256_of", counting)
+    text = write(screens_run, tmp_path / "report.html", "--samples", 1, "--checkpoint", 30)
+    assert f"exact_match {state.best_metric:.4g} at step 60" in text
+    assert "<td>step-00000030</td><td>shown here</td>" in text
+    assert "<td>step-00000060</td><td>best validation</td>" in text
+    assert [n for path, n in hashed.items() if path.suffix == ".safetensors"] == [1]
+
+
+def test_an_error_of_attention_is_one(
+    screens_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(Seq2Seq, "attention", broken)
+    with pytest.raises(ValueError, match="broken"):
+        write(screens_run, tmp_path / "report.html", "--samples", 1)
 
 
 def test_a_long_run_s_page_is_no_larger(screens_run: Path, tmp_path: Path) -> None:
