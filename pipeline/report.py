@@ -333,7 +333,15 @@ class _Report:
     def _code_figure(self, name: str, ids: Sequence[int], marked: set[int], why: str) -> Html:
         assert self.tokenizer is not None
         keeps = tokens.keeps_white_space(self.tokenizer)
-        code = diffs.code_block([self._text([one]) for one in ids], marked, why, name, keeps)
+        texts: list[str] = []
+        places: set[int] = set()
+        at = 0
+        for count, text in tokens.decode_apart(self.tokenizer, ids):
+            if not marked.isdisjoint(range(at, at + count)):
+                places.add(len(texts))
+            texts.append(text)
+            at += count
+        code = diffs.code_block(texts, places, why, name, keeps)
         return tag("figure", code, tag("figcaption", name), class_="code")
 
     def _text(self, ids: Sequence[int]) -> str:
