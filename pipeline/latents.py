@@ -201,8 +201,9 @@ class LatentFile(Protocol):
 
 
 @contextlib.contextmanager
-def latent_file(path: Path, latent_shape: Sequence[int]) -> Iterator[LatentFile]:
+def latent_file(path: Path, latent_shape: Sequence[int], flag: str) -> Iterator[LatentFile]:
     """A new file of latents, Parquet or npz by its suffix; it appears, whole, when the block ends.
+    Errors name `flag`.
 
     Raises:
         UserError: another suffix, no pyarrow for Parquet, or it cannot be written.
@@ -210,10 +211,18 @@ def latent_file(path: Path, latent_shape: Sequence[int]) -> Iterator[LatentFile]
     kinds: dict[str, type[_Parquet] | type[_Npz]] = {".parquet": _Parquet, ".npz": _Npz}
     kind = kinds.get(path.suffix)
     if kind is None:
-        raise UserError(f"--out {path}: write one of {', '.join(f'*{suffix}' for suffix in kinds)}")
+        raise UserError(
+            f"{flag} {path}: write one of {', '.join(f'*{suffix}' for suffix in kinds)}"
+        )
     with storage.explained(str(path)), tempfile.TemporaryDirectory(prefix="pixloom-") as folder:
         scratch = Path(folder, "latents")
-        rows = kind(scratch, tuple(latent_shape))
+        try:
+            rows = kind(scratch, tuple(latent_shape))
+        except ImportError as error:
+            raise UserError(
+                f"{flag} {path}: pyarrow is needed to write it; pip install 'pixloom[parquet]', "
+                "or write *.npz"
+            ) from error
         with contextlib.closing(rows):
             yield rows
             rows.finish()
@@ -224,14 +233,9 @@ class _Parquet:
     """Columns key, source, mse, score, latent (a fixed-size list), a row group a few batches."""
 
     def __init__(self, path: Path, latent_shape: tuple[int, ...]) -> None:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet
-        except ImportError as error:
-            raise UserError(
-                "--out *.parquet: pyarrow is needed to write it; pip install 'pixloom[parquet]', "
-                "or write *.npz"
-            ) from error
+        import pyarrow as pa
+        import pyarrow.parquet
+
         self._pa, self._size = pa, int(np.prod(latent_shape))
         self._schema = pa.schema(
             [
@@ -460,7 +464,9 @@ def _stream(encoder: Encoder, arguments: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         file = None
         if arguments.out:
-            file = stack.enter_context(latent_file(arguments.out, encoder.model.latent_shape))
+            file = stack.enter_context(
+                latent_file(arguments.out, encoder.model.latent_shape, "--out")
+            )
         passes = encoder.passes(arguments.workers, with_sources=file is not None)
         encoded = contextlib.closing(passes)
         done = 0

@@ -380,7 +380,7 @@ def _latents(
     if not isinstance(trained.model, Autoencoder):
         raise UserError(f"--latents: {arguments.run} writes code; latents are autoencoders'")
     _check_free(path, arguments.overwrite)
-    return stack.enter_context(latent_file(path, trained.model.latent_shape))
+    return stack.enter_context(latent_file(path, trained.model.latent_shape, "--latents"))
 
 
 def _check_free(path: Path, overwrite: bool) -> None:
