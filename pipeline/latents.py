@@ -42,6 +42,7 @@ from pipeline.rng import torch_seed
 from pipeline.stream import BatchDataset, BatchPlan, ValidationPlans, make_loader
 from pipeline.tasks import AutoencoderTask, prepare_images
 from shards import engines, storage
+from shards.images import to_picture
 from shards.storage import UserError
 
 Distance = Literal["euclid", "cosine"]
@@ -372,19 +373,11 @@ def sheet(rows: Sequence[Sequence[Tensor]]) -> Image.Image:
     canvas = Image.new("RGB", size, "white")
     for row, images in enumerate(rows):
         for column, image_CHW in enumerate(images):
-            cell = as_picture(image_CHW)
+            cell = to_picture(image_CHW.permute(1, 2, 0).numpy())
             cell = cell.resize((width * scale, height * scale), Image.Resampling.NEAREST)
             place = (_GAP_PX + column * step_x, _GAP_PX + row * step_y)
             canvas.paste(cell.convert("RGB"), place, cell if cell.mode == "RGBA" else None)
     return canvas
-
-
-def as_picture(image_CHW: Tensor) -> Image.Image:
-    """A uint8 image as a grey, RGB or RGBA picture, as `sheet` says."""
-    channels = len(image_CHW)
-    shown = channels if channels in (1, 3, 4) else min(3, channels) if channels > 2 else 1
-    pixels_HWC = image_CHW[:shown].permute(1, 2, 0).numpy()
-    return Image.fromarray(np.ascontiguousarray(pixels_HWC[:, :, 0] if shown == 1 else pixels_HWC))
 
 
 def spread(count: int, total: int) -> list[int]:

@@ -36,7 +36,6 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -454,7 +453,7 @@ def _put(data: bytes, path: Path) -> None:
 
 def _to_png(pixels: NDArray[np.uint8]) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(out, "PNG")
+    images.to_picture(pixels).save(out, "PNG")
     return out.getvalue()
 
 

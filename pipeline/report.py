@@ -34,6 +34,7 @@ from pipeline.build import autocast_of, dtype_of, for_reading, new_decoding, ope
 from pipeline.charts import Curve
 from pipeline.config import to_dict
 from pipeline.export import TrainedRun, open_run
+from pipeline.latents import spread
 from pipeline.markup import Html, data_url, join, page, tag
 from pipeline.metrics import HIGHER_IS_BETTER, psnr
 from pipeline.models import Autoencoder, Seq2Seq
@@ -44,7 +45,7 @@ from pipeline.tasks import build_task, prepare_images, references
 from shards import engines, storage, tokens
 from shards.errors import one_line, redact
 from shards.format import BOS, TOKENIZER_NAME
-from shards.images import viewable
+from shards.images import to_picture
 from shards.storage import UserError
 
 SAMPLES = 256
@@ -98,8 +99,7 @@ class Looked:
     @property
     def shown(self) -> list[Sample]:
         """Some of them, spread evenly too."""
-        count = min(_SHOWN, len(self.samples))
-        return [self.samples[number * len(self.samples) // count] for number in range(count)]
+        return [self.samples[at] for at in spread(_SHOWN, len(self.samples))]
 
     @property
     def worst(self) -> list[Sample]:
@@ -389,7 +389,8 @@ class _Report:
             token_BT = torch.tensor([[BOS, *sample.guess]], device=self.device)
             weight_BATN, (rows, columns) = self.model.attention(images, token_BT)
             weight_TRC = weight_BATN[0].float().mean(0).reshape(-1, rows, columns)
-            places = _spread([p for p, one in enumerate(sample.guess) if self._is_word(one)])
+            words = [at for at, one in enumerate(sample.guess) if self._is_word(one)]
+            places = [words[at] for at in spread(_ATTENDED_TOKENS, len(words))]
             figures = (
                 tag(
                     "figure",
@@ -653,9 +654,7 @@ def _as_bytes(image_CHW: Tensor) -> Tensor:
 
 def _image_url(image_CHW: Tensor) -> str:
     """A uint8 image as it is, if it is not large and a screen can show its channels."""
-    pixels_HWC = viewable(image_CHW.permute(1, 2, 0).cpu().numpy())
-    pixels_HWC = np.ascontiguousarray(pixels_HWC)
-    image = Image.fromarray(pixels_HWC[:, :, 0] if pixels_HWC.shape[2] == 1 else pixels_HWC)
+    image = to_picture(image_CHW.permute(1, 2, 0).cpu().numpy())
     image.thumbnail((_MOST_PIXELS, _MOST_PIXELS))
     data = _encoded(image, "PNG")
     if len(data) <= _MOST_PNG_BYTES or image.mode == "RGBA":
@@ -678,11 +677,6 @@ def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
-
-
-def _spread(places: Sequence[int]) -> list[int]:
-    count = min(len(places), _ATTENDED_TOKENS)
-    return [places[number * len(places) // count] for number in range(count)]
 
 
 def _section(title: str, body: Html) -> Html:
