@@ -279,6 +279,19 @@ def choose(run: Path, which: str) -> str:
     return chosen
 
 
+def newest_state(run: Path) -> TrainState:
+    """What is known of the whole run: the state of its newest checkpoint that can be read.
+
+    Raises:
+        UserError: there is none.
+    """
+    directory = directory_of(run)
+    for path in reversed(committed(directory)):
+        if not verify(path, [STATE_NAME]):
+            return Meta.read(path).state
+    raise UserError(f"{directory}: no checkpoint whose {STATE_NAME} can be read")
+
+
 def prune(
     directory: str,
     step: int,

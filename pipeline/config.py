@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.grammar import BUILT_IN
 from pipeline.models import AutoencoderConfig, ModelConfig, Seq2SeqConfig
 from shards.images import MAX_PIXELS
 from shards.storage import UserError
@@ -232,6 +233,9 @@ class Config:
 CONFIG_NAME = "config.toml"
 """the configuration of a run, in its folder"""
 
+GRAMMAR_NAME = "grammar.ebnf"
+"""in a run's folder: the text of the FILE that validate.grammar named when training began"""
+
 # Keys that a resumed run may change: none of them reaches the samples, the arithmetic or the
 # schedule. Everything else is refused with the difference.
 MAY_CHANGE = frozenset(
@@ -408,9 +412,21 @@ def config_of(sections: Mapping[str, Any], where: str) -> Config:
 
 
 def config_of_run(run: Path) -> Config:
-    """The configuration that a run's folder holds. Raises `UserError`."""
+    """The configuration that a run's folder holds; its grammar is the one that is kept there, for
+    the FILE may be another by now. Raises `UserError`."""
     path = str(run / CONFIG_NAME)
-    return config_of(read_toml(path), path)
+    config = config_of(read_toml(path), path)
+    kept = run / GRAMMAR_NAME
+    if not names_file(config.validate.grammar) or not kept.is_file():
+        return config
+    return dataclasses.replace(
+        config, validate=dataclasses.replace(config.validate, grammar=str(kept))
+    )
+
+
+def names_file(grammar: str) -> bool:
+    """Whether this value of validate.grammar is the name of a file."""
+    return bool(grammar) and grammar not in BUILT_IN
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

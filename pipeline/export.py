@@ -33,6 +33,7 @@ from pipeline.datasets import Datasets
 from pipeline.dcp import write_tensors
 from pipeline.grammar import Grammar
 from pipeline.models import Seq2SeqConfig, build_model
+from pipeline.runlog import read_rows
 from pipeline.state import TrainState
 from pipeline.tasks import build_task
 from shards import storage
@@ -102,6 +103,8 @@ class TrainedRun:
 
     config: Config
     data: Datasets
+    chosen: str
+    """the checkpoint, as `checkpoint.choose` names it"""
     meta: checkpoint.Meta
     model: nn.Module
     tokenizer_json: str | None
@@ -129,7 +132,7 @@ def open_run(run: Path, which: str) -> TrainedRun:
         text = storage.read_text(url)
         if hashlib.sha256(text.encode()).hexdigest() != data.tokenizer.sha256:
             raise UserError(f"{url}: not the tokenizer that the manifest names; pack again")
-    return TrainedRun(config, data, meta, load_model(config, data, chosen), text)
+    return TrainedRun(config, data, chosen, meta, load_model(config, data, chosen), text)
 
 
 def write_export(run: Path, which: str, folder: Path, *, overwrite: bool = False) -> Export:
@@ -285,22 +288,12 @@ def _without_places(config: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
 
 def _metrics_at(run: Path, config: Config, state: TrainState) -> dict[str, float]:
     """The validation metrics of a step: its row in metrics.jsonl, or the one the state holds."""
-    path = run / "metrics.jsonl"
     found: dict[str, Any] = {}
     if state.best_step == state.step and state.best_metric is not None:
         found = {config.validate.metric or build_task(config.model).metric: state.best_metric}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue  # a line that a kill cut short
-            if (
-                isinstance(row, dict)
-                and row.get("split") == "val"
-                and row.get("step") == state.step
-            ):
-                found = row
+    for row in read_rows(run):
+        if row.get("split") == "val" and row["step"] == state.step:
+            found = row
     return {
         name: value
         for name, value in found.items()

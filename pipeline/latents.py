@@ -42,6 +42,7 @@ from pipeline.rng import torch_seed
 from pipeline.stream import BatchDataset, BatchPlan, ValidationPlans, make_loader
 from pipeline.tasks import AutoencoderTask, prepare_images
 from shards import engines, storage
+from shards.images import to_picture
 from shards.storage import UserError
 
 Distance = Literal["euclid", "cosine"]
@@ -201,8 +202,9 @@ class LatentFile(Protocol):
 
 
 @contextlib.contextmanager
-def latent_file(path: Path, latent_shape: Sequence[int]) -> Iterator[LatentFile]:
+def latent_file(path: Path, latent_shape: Sequence[int], flag: str) -> Iterator[LatentFile]:
     """A new file of latents, Parquet or npz by its suffix; it appears, whole, when the block ends.
+    Errors name `flag`.
 
     Raises:
         UserError: another suffix, no pyarrow for Parquet, or it cannot be written.
@@ -210,10 +212,18 @@ def latent_file(path: Path, latent_shape: Sequence[int]) -> Iterator[LatentFile]
     kinds: dict[str, type[_Parquet] | type[_Npz]] = {".parquet": _Parquet, ".npz": _Npz}
     kind = kinds.get(path.suffix)
     if kind is None:
-        raise UserError(f"--out {path}: write one of {', '.join(f'*{suffix}' for suffix in kinds)}")
+        raise UserError(
+            f"{flag} {path}: write one of {', '.join(f'*{suffix}' for suffix in kinds)}"
+        )
     with storage.explained(str(path)), tempfile.TemporaryDirectory(prefix="pixloom-") as folder:
         scratch = Path(folder, "latents")
-        rows = kind(scratch, tuple(latent_shape))
+        try:
+            rows = kind(scratch, tuple(latent_shape))
+        except ImportError as error:
+            raise UserError(
+                f"{flag} {path}: pyarrow is needed to write it; pip install 'pixloom[parquet]', "
+                "or write *.npz"
+            ) from error
         with contextlib.closing(rows):
             yield rows
             rows.finish()
@@ -224,14 +234,9 @@ class _Parquet:
     """Columns key, source, mse, score, latent (a fixed-size list), a row group a few batches."""
 
     def __init__(self, path: Path, latent_shape: tuple[int, ...]) -> None:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet
-        except ImportError as error:
-            raise UserError(
-                "--out *.parquet: pyarrow is needed to write it; pip install 'pixloom[parquet]', "
-                "or write *.npz"
-            ) from error
+        import pyarrow as pa
+        import pyarrow.parquet
+
         self._pa, self._size = pa, int(np.prod(latent_shape))
         self._schema = pa.schema(
             [
@@ -368,19 +373,11 @@ def sheet(rows: Sequence[Sequence[Tensor]]) -> Image.Image:
     canvas = Image.new("RGB", size, "white")
     for row, images in enumerate(rows):
         for column, image_CHW in enumerate(images):
-            cell = as_picture(image_CHW)
+            cell = to_picture(image_CHW.permute(1, 2, 0).numpy())
             cell = cell.resize((width * scale, height * scale), Image.Resampling.NEAREST)
             place = (_GAP_PX + column * step_x, _GAP_PX + row * step_y)
             canvas.paste(cell.convert("RGB"), place, cell if cell.mode == "RGBA" else None)
     return canvas
-
-
-def as_picture(image_CHW: Tensor) -> Image.Image:
-    """A uint8 image as a grey, RGB or RGBA picture, as `sheet` says."""
-    channels = len(image_CHW)
-    shown = channels if channels in (1, 3, 4) else min(3, channels) if channels > 2 else 1
-    pixels_HWC = image_CHW[:shown].permute(1, 2, 0).numpy()
-    return Image.fromarray(np.ascontiguousarray(pixels_HWC[:, :, 0] if shown == 1 else pixels_HWC))
 
 
 def spread(count: int, total: int) -> list[int]:
@@ -460,7 +457,9 @@ def _stream(encoder: Encoder, arguments: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         file = None
         if arguments.out:
-            file = stack.enter_context(latent_file(arguments.out, encoder.model.latent_shape))
+            file = stack.enter_context(
+                latent_file(arguments.out, encoder.model.latent_shape, "--out")
+            )
         passes = encoder.passes(arguments.workers, with_sources=file is not None)
         encoded = contextlib.closing(passes)
         done = 0

@@ -61,4 +61,6 @@ def page(title: str, style: str, body: Html) -> Html:
         tag("title", title),
         tag("style", Html(style)),
     ]
-    return Html(f'<!DOCTYPE html>\n<html lang="en"><head>{join(head)}</head>\n{body}</html>\n')
+    whole = f'<!DOCTYPE html>\n<html lang="en"><head>{join(head)}</head>\n{body}</html>\n'
+    # A name that is not UTF-8 has its bytes in it, as characters that no file of text takes.
+    return Html(whole.encode("utf-8", "backslashreplace").decode())

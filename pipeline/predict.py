@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
@@ -30,12 +31,11 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -232,7 +232,7 @@ def predict(
 ) -> Generator[Prediction, None, None]:
     """One prediction a source: refusals as they are met, the others in their order, by batches."""
     waiting: list[tuple[Source, NDArray[np.uint8]]] = []
-    for number, (source, read) in enumerate(_readers(found, trained.suffixes), 1):
+    for source, read in _readers(found, trained.suffixes):
         try:
             with images.memory_explained(source.path):
                 waiting.append((source, trained.pixels(read())))
@@ -240,18 +240,27 @@ def predict(
             yield Prediction(source, refused=refused.cause)
         except OSError as error:
             yield Prediction(source, refused=error.strerror or str(error))
-        if waiting and (len(waiting) == batch_size or number == len(found)):
-            batch = [pixels for _, pixels in waiting]
-            if isinstance(trained.model, Seq2Seq):
-                for (one, _), codes in zip(waiting, trained.codes(batch), strict=True):
-                    yield Prediction(one, code=codes[0].text, codes=codes)
-            else:
-                names = [_shown(one.path) for one, _ in waiting]
-                rebuilt, rows = trained.reconstructions(names, batch)
-                for (one, _), pixels, row in zip(waiting, rebuilt, rows.each(), strict=True):
-                    mse, score = float(row.mse_B), float(row.score_B)
-                    yield Prediction(one, pixels=pixels, mse=mse, score=score, latent=row)
+        if len(waiting) == batch_size:
+            yield from _answers(trained, waiting)
             waiting = []
+    if waiting:
+        yield from _answers(trained, waiting)
+
+
+def _answers(
+    trained: Trained, read: Sequence[tuple[Source, NDArray[np.uint8]]]
+) -> Iterator[Prediction]:
+    """What the model makes of one batch."""
+    batch = [pixels for _, pixels in read]
+    if isinstance(trained.model, Seq2Seq):
+        for (one, _), codes in zip(read, trained.codes(batch), strict=True):
+            yield Prediction(one, code=codes[0].text, codes=codes)
+    else:
+        names = [_shown(one.path) for one, _ in read]
+        rebuilt, rows = trained.reconstructions(names, batch)
+        for (one, _), pixels, row in zip(read, rebuilt, rows.each(), strict=True):
+            mse, score = float(row.mse_B), float(row.score_B)
+            yield Prediction(one, pixels=pixels, mse=mse, score=score, latent=row)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -264,12 +273,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("run", metavar="RUN_OR_EXPORT", type=Path, help="folder of a run or of an export")
     add("images", metavar="IMAGE", nargs="+",
         help="image files, and folders of them; also s3://, gs:// and abfs:// URLs")  # fmt: skip
-    add("--out", metavar="FOLDER", help="write a file an image (autoencoder: needed)")
+    add("--out", metavar="FOLDER",
+        help="write a file an image (autoencoder: this or --latents is needed)")  # fmt: skip
     add("--latents", metavar="FILE", type=Path, help="autoencoder: write latents, *.parquet, *.npz")
-    add("--code-suffix", default=".txt", help="of the files of code under --out [.txt]")
+    add("--code-suffix", help="of the files of code under --out [.txt]")
     add("--html", action="store_true",
         help="of pix2code's web programs: write the page beside the code")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace files that are already under --out")
+    add("--overwrite", action="store_true",
+        help="replace files of --out and --latents that are already there")  # fmt: skip
     add("--checkpoint", help="of a run: best, last, or a step's number [best]")
     add("--batch-size", type=int, default=32, metavar="N", help="images at a time [32]")
     add_decoding_flags(parser)
@@ -281,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size}: must be at least 1")
-    if not re.fullmatch(r"\.\w+", arguments.code_suffix):
+    if arguments.code_suffix is not None and not re.fullmatch(r"\.\w+", arguments.code_suffix):
         raise UserError(f"--code-suffix {arguments.code_suffix}: write one as in .gui")
     trained = Trained.open(arguments.run, arguments.checkpoint, arguments)
     writes_code = isinstance(trained.model, Seq2Seq)
@@ -292,59 +303,70 @@ def _predict(arguments: argparse.Namespace) -> int:
         )
     if arguments.n_best > 1 and not arguments.json:
         raise UserError(f"--n-best {arguments.n_best}: give --json, which has a place for them")
-    if arguments.html and not (writes_code and arguments.out is not None):
-        raise UserError("--html: needs --out FOLDER, and a model that writes code")
+    for flag, given in (("--html", arguments.html), ("--code-suffix", arguments.code_suffix)):
+        if given and not (writes_code and arguments.out is not None):
+            raise UserError(f"{flag}: needs --out FOLDER, and a model that writes code")
     if arguments.html and arguments.code_suffix == ".html":
         raise UserError("--html: the page would replace the code; give another --code-suffix")
-    found = find_images(arguments.images, trained.suffixes)
+    found = _once(find_images(arguments.images, trained.suffixes))
     outputs: dict[Source, Path] = {}
     if arguments.out is not None:
         picture = ".png" if trained.image.channels in COLOUR_CHANNELS else ".npy"
-        suffix = arguments.code_suffix if writes_code else picture
+        suffix = arguments.code_suffix or ".txt" if writes_code else picture
         suffixes = [suffix, ".html"] if arguments.html else [suffix]
         outputs = _outputs(found, storage.local_path(arguments.out), suffixes, arguments.overwrite)
     elif not writes_code and arguments.latents is None:
         raise UserError("--out FOLDER is needed: an autoencoder's answers are images; or --latents")
 
+    alone = [source.path for source in found] == [_named(one).path for one in arguments.images]
+    alone = alone and len(found) == 1
     done: list[Prediction] = []
-    with contextlib.ExitStack() as stack:
-        latents = _latents(trained, arguments, stack)
-        predictions = predict(trained, found, arguments.batch_size)
-        stack.enter_context(contextlib.closing(predictions))
-        for prediction in engines.progress(predictions, len(found), "predicted", lambda _: 1):
-            if outputs and prediction.refused is None:
-                prediction = _write(prediction, outputs[prediction.source], arguments.html)
-            problem = prediction.refused or prediction.not_web
-            if problem is not None:
-                name = _shown(prediction.source.path)
-                print(f"pixloom predict: {name}: {problem}", file=sys.stderr)
-            if latents is not None and prediction.latent is not None:
-                latents.add(prediction.latent)
-            # Its pixels and its latent are let go of.
-            done.append(dataclasses.replace(prediction, pixels=None, latent=None))
-    # Only now: while a progress bar is shown, it would draw what goes to stdout.
-    places = {source: place for place, source in enumerate(found)}
-    done.sort(key=lambda prediction: places[prediction.source])
-    if arguments.json:
-        print(json.dumps(_json(trained, done, outputs, arguments.n_best)))
-    else:
-        alone = [source.path for source in found] == [_named(one).path for one in arguments.images]
-        alone = alone and len(found) == 1
-        for prediction in done:
-            if prediction.mse is not None:
-                numbers = f"{prediction.mse:.6g}\t{prediction.score:.6g}"
-                print(f"{_shown(prediction.source.path)}\t{numbers}")
-            elif outputs and prediction.codes:
-                confidence = prediction.codes[0].confidence
-                print(f"{_shown(prediction.source.path)}\t{confidence:.6g}")
-            elif prediction.code is not None:
-                line = " ".join(prediction.code.split())
-                shown = f"{_shown(prediction.source.path)}\t{line}"
-                print(_ended(prediction.code if alone else shown), end="")
+    stdout = sys.stdout  # a progress bar puts itself in its place, to draw what is printed
+    try:
+        with contextlib.ExitStack() as stack:
+            latents = _latents(trained, arguments, stack)
+            predictions = predict(trained, found, arguments.batch_size)
+            stack.enter_context(contextlib.closing(predictions))
+            if arguments.json or not stdout.isatty():  # else the lines are progress enough
+                predictions = engines.progress(predictions, len(found), "predicted", lambda _: 1)
+                stack.enter_context(contextlib.closing(predictions))
+            for prediction in predictions:
+                if outputs and prediction.refused is None:
+                    prediction = _write(prediction, outputs[prediction.source], arguments.html)
+                problem = prediction.refused or prediction.not_web
+                if problem is not None:
+                    name = _shown(prediction.source.path)
+                    print(f"pixloom predict: {name}: {problem}", file=sys.stderr)
+                if latents is not None and prediction.latent is not None:
+                    latents.add(prediction.latent)
+                # Its pixels and its latent are let go of.
+                done.append(dataclasses.replace(prediction, pixels=None, latent=None))
+                if not arguments.json:
+                    _say(_line(prediction, alone=alone, is_written=bool(outputs)), stdout)
+    finally:
+        # Also of what was done before an error or Ctrl-C.
+        if arguments.json and done:
+            places = {source: place for place, source in enumerate(found)}
+            done.sort(key=lambda prediction: places[prediction.source])
+            _say(json.dumps(_json(trained, done, outputs, arguments.n_best)) + "\n", stdout)
     num_done = sum(one.refused is None and one.not_web is None for one in done)
     if outputs:
         print(f"{num_done} of {len(done)} images: {arguments.out}", file=sys.stderr)
     return 0 if num_done == len(done) else 1
+
+
+def _once(found: Sequence[Source]) -> list[Source]:
+    """Without those that were named before, of which a line tells."""
+    first: dict[tuple[str, str], Source] = {}
+    again: list[Source] = []
+    for source in found:
+        if first.setdefault((source.path, source.stem), source) is not source:
+            again.append(source)
+    if again:
+        line = f"{_shown(again[0].path)}: named more than once, predicted once"
+        more = f"; and so are {len(again) - 1} others" if len(again) > 1 else ""
+        print(f"pixloom predict: {line}{more}", file=sys.stderr)
+    return list(first.values())
 
 
 def _latents(
@@ -356,9 +378,15 @@ def _latents(
         return None
     if not isinstance(trained.model, Autoencoder):
         raise UserError(f"--latents: {arguments.run} writes code; latents are autoencoders'")
-    if path.exists() and not arguments.overwrite:
-        raise UserError(f"{_shown(path)}: is already there; give --overwrite to replace it")
-    return stack.enter_context(latent_file(path, trained.model.latent_shape))
+    _check_free(path, arguments.overwrite)
+    return stack.enter_context(latent_file(path, trained.model.latent_shape, "--latents"))
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    """Raises `UserError` when something is there that is to stay."""
+    with storage.explained(_shown(path)):
+        if path.exists() and not overwrite:
+            raise UserError(f"{_shown(path)}: is already there; give --overwrite to replace it")
 
 
 def _outputs(
@@ -368,7 +396,8 @@ def _outputs(
 
     Raises `UserError` before anything is lost.
     """
-    inputs = {Path(source.path).resolve() for source in found if not source.root}
+    # Not by `Path.resolve`, to which links in a circle are an error.
+    inputs = {os.path.realpath(source.path) for source in found if not source.root}
     outputs: dict[Source, Path] = {}
     owners: dict[Path, Source] = {}
     for source, suffix in itertools.product(found, suffixes):
@@ -379,10 +408,9 @@ def _outputs(
                 f"{_shown(other.path)} and {_shown(source.path)} would both be written to "
                 f"{_shown(path)}; give them apart"
             )
-        if path.resolve() in inputs:
+        if os.path.realpath(path) in inputs:
             raise UserError(f"{_shown(path)}: is one of the images; choose another --out")
-        if path.exists() and not overwrite:
-            raise UserError(f"{_shown(path)}: is already there; give --overwrite to replace it")
+        _check_free(path, overwrite)
         outputs.setdefault(source, path)
     with storage.explained(str(out)):
         out.mkdir(parents=True, exist_ok=True)
@@ -392,26 +420,63 @@ def _outputs(
 def _write(prediction: Prediction, path: Path, as_web: bool) -> Prediction:
     """Writes the output, and the page of a code `as_web`."""
     not_web = None
-    with storage.explained(_shown(path)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if prediction.code is not None:
-            path.write_bytes(_ended(prediction.code).encode())
-        elif prediction.pixels is not None:
-            pixels = prediction.pixels
-            if path.suffix == ".npy":
-                path.write_bytes(arrays.to_npy(pixels))
-            else:
-                picture = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-                picture.save(path, "PNG")
+    if prediction.code is not None:
+        _put(_ended(prediction.code).encode(), path)
+    elif prediction.pixels is not None:
+        pixels = prediction.pixels
+        _put(arrays.to_npy(pixels) if path.suffix == ".npy" else _to_png(pixels), path)
     if as_web and prediction.code is not None:
         html = path.with_suffix(".html")
-        with storage.explained(_shown(html)):
-            try:
-                html.write_text(web.render(prediction.code, path.name), encoding="utf-8")
-            except web.WebError as error:
+        try:
+            _put(web.render(prediction.code, path.name).encode(), html)
+        except web.WebError as error:
+            with storage.explained(_shown(html)):
                 html.unlink(missing_ok=True)  # of another code
-                not_web = f"no HTML, the code is not a web program: {error}"
+            not_web = f"no HTML, the code is not a web program: {error}"
     return dataclasses.replace(prediction, not_web=not_web)
+
+
+def _put(data: bytes, path: Path) -> None:
+    """Writes a file, which a kill leaves whole or as it was. Raises `UserError`.
+
+    It is not forced to the disk: it can be predicted again.
+    """
+    temporary = path.with_name(f".{os.getpid()}{storage.SCRATCH_NAME}")
+    with storage.explained(_shown(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _to_png(pixels: NDArray[np.uint8]) -> bytes:
+    out = io.BytesIO()
+    images.to_picture(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def _line(prediction: Prediction, *, alone: bool, is_written: bool) -> str:
+    """What stdout is told, if anything: one line, or all of a code that was asked for `alone`."""
+    name = _shown(prediction.source.path)
+    if prediction.mse is not None:
+        return f"{name}\t{prediction.mse:.6g}\t{prediction.score:.6g}\n"
+    if prediction.code is None:
+        return ""
+    if is_written:
+        return f"{name}\t{prediction.codes[0].confidence:.6g}\n"
+    return _ended(prediction.code) if alone else f"{name}\t{' '.join(prediction.code.split())}\n"
+
+
+def _say(text: str, stdout: TextIO) -> None:
+    """Prints it now. Raises `UserError` when nobody reads it, or the disk is full."""
+    try:
+        print(text, end="", file=stdout, flush=True)
+    except OSError as error:
+        # What is left in its buffer would fail once more, aloud, when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+        raise UserError(f"stdout: {error.strerror}") from error
 
 
 def _ended(code: str) -> str:
@@ -455,12 +520,12 @@ def _readers(
         if not root:
             yield from ((one, functools.partial(_read, Path(one.path), suffixes)) for one in group)
             continue
-        files = {
-            one: FileRead(one.path.removeprefix(root), one.num_bytes, images.MAX_FILE_BYTES)
+        files = [
+            (one, FileRead(one.path.removeprefix(root), one.num_bytes, images.MAX_FILE_BYTES))
             for one in group
-        }
-        with sources.reading(root, files.values()) as read:
-            for one, file in files.items():
+        ]
+        with sources.reading(root, [file for _, file in files]) as read:
+            for one, file in files:
                 yield one, functools.partial(_read_stored, one.path, suffixes, read, file)
 
 

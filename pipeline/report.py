@@ -34,6 +34,7 @@ from pipeline.build import autocast_of, dtype_of, for_reading, new_decoding, ope
 from pipeline.charts import Curve
 from pipeline.config import to_dict
 from pipeline.export import TrainedRun, open_run
+from pipeline.latents import spread
 from pipeline.markup import Html, data_url, join, page, tag
 from pipeline.metrics import HIGHER_IS_BETTER, psnr
 from pipeline.models import Autoencoder, Seq2Seq
@@ -42,9 +43,9 @@ from pipeline.runlog import read_rows
 from pipeline.stream import BatchDataset, BatchPlan
 from pipeline.tasks import build_task, prepare_images, references
 from shards import engines, storage, tokens
-from shards.errors import redact
+from shards.errors import one_line, redact
 from shards.format import BOS, TOKENIZER_NAME
-from shards.images import viewable
+from shards.images import to_picture
 from shards.storage import UserError
 
 SAMPLES = 256
@@ -98,8 +99,7 @@ class Looked:
     @property
     def shown(self) -> list[Sample]:
         """Some of them, spread evenly too."""
-        count = min(_SHOWN, len(self.samples))
-        return [self.samples[number * len(self.samples) // count] for number in range(count)]
+        return [self.samples[at] for at in spread(_SHOWN, len(self.samples))]
 
     @property
     def worst(self) -> list[Sample]:
@@ -116,12 +116,11 @@ def write_report(run: Path, split: str | None, which: str, out: str, num_samples
     Raises:
         UserError: the run has no checkpoint, or its dataset is not there; there is no such split.
     """
-    chosen = checkpoint.choose(run, which)
     trained = open_run(run, which)
     if split is None:
         has = trained.data.splits
         split = next((name for name in ("val", "test", "train") if name in has), has[0])
-    report = _Report(run, trained, chosen, split)
+    report = _Report(run, trained, split)
     precision = autocast_of(for_reading(trained.config), report.device)
     with torch.inference_mode(), precision:
         looked = report.look(num_samples)
@@ -132,8 +131,10 @@ def write_report(run: Path, split: str | None, which: str, out: str, num_samples
 class _Report:
     """A run that is open, with the parts of its page."""
 
-    def __init__(self, run: Path, trained: TrainedRun, chosen: str, split: str) -> None:
-        self.run, self.trained, self.chosen, self.split = run, trained, chosen, split
+    def __init__(self, run: Path, trained: TrainedRun, split: str) -> None:
+        self.run, self.trained, self.split = run, trained, split
+        # Of the whole run: that of the checkpoint that is shown knows of nothing after it.
+        self.state = checkpoint.newest_state(run)
         self.config, self.data = trained.config, trained.data
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = trained.model.eval().to(self.device)
@@ -238,8 +239,7 @@ class _Report:
         return page(f"{name} - pixloom report", STYLE, body)
 
     def _summary(self, looked: Looked) -> Html:
-        state = self.trained.meta.state
-        model = self.config.model
+        state, model = self.state, self.config.model
         size = sum(parameter.numel() for parameter in self.model.parameters())
         metric = self.config.validate.metric or build_task(model).metric
         best = "no validation yet"
@@ -248,7 +248,7 @@ class _Report:
         counted = f"{len(looked.samples)} of the {looked.num_in_split} samples of {self.split}"
         facts: dict[str, object] = {
             "model": f"{model.name}, {size / 1e6:.2f} M parameters",
-            "checkpoint": f"{checkpoint.name_of(self.chosen)} of {self.run}",
+            "checkpoint": f"{checkpoint.name_of(self.trained.chosen)} of {self.run}",
             "best validation": best,
             "trained on": self.data.label,
             "looked at for this page": counted,
@@ -333,7 +333,15 @@ class _Report:
     def _code_figure(self, name: str, ids: Sequence[int], marked: set[int], why: str) -> Html:
         assert self.tokenizer is not None
         keeps = tokens.keeps_white_space(self.tokenizer)
-        code = diffs.code_block([self._text([one]) for one in ids], marked, why, name, keeps)
+        texts: list[str] = []
+        places: set[int] = set()
+        at = 0
+        for count, text in tokens.decode_apart(self.tokenizer, ids):
+            if not marked.isdisjoint(range(at, at + count)):
+                places.add(len(texts))
+            texts.append(text)
+            at += count
+        code = diffs.code_block(texts, places, why, name, keeps)
         return tag("figure", code, tag("figcaption", name), class_="code")
 
     def _text(self, ids: Sequence[int]) -> str:
@@ -370,21 +378,19 @@ class _Report:
 
     def _attention(self, samples: Sequence[Sample]) -> Html | None:
         """Where the model looked while it wrote; None for models that do not look."""
-        attention = getattr(self.model, "attention", None)
+        assert isinstance(self.model, Seq2Seq)
         samples = [sample for sample in samples if sample.guess][:_ATTENDED_SAMPLES]
-        if attention is None or not samples:
+        if not self.model.attends or not samples:
             return None
         articles = []
         for sample in samples:
             batch = self._read([sample.place])
             images = prepare_images(batch, dtype_of(self.config))
             token_BT = torch.tensor([[BOS, *sample.guess]], device=self.device)
-            try:
-                weight_BATN, (rows, columns) = attention(images, token_BT)
-            except ValueError:
-                return None
+            weight_BATN, (rows, columns) = self.model.attention(images, token_BT)
             weight_TRC = weight_BATN[0].float().mean(0).reshape(-1, rows, columns)
-            places = _spread([p for p, one in enumerate(sample.guess) if self._is_word(one)])
+            words = [at for at, one in enumerate(sample.guess) if self._is_word(one)]
+            places = [words[at] for at in spread(_ATTENDED_TOKENS, len(words))]
             figures = (
                 tag(
                     "figure",
@@ -469,8 +475,9 @@ class _Report:
         for path in sorted(self.run.glob("validate-*.json")):
             with contextlib.suppress(OSError, ValueError):
                 facts = json.loads(path.read_text("utf-8"))
-                parts.append(tag("h3", f"Of {path.name}"))
-                parts.append(_facts({name: _number(value) for name, value in facts.items()}))
+                if isinstance(facts, dict):  # else a stranger's
+                    parts.append(tag("h3", f"Of {path.name}"))
+                    parts.append(_facts({name: _number(value) for name, value in facts.items()}))
         return join(parts or [tag("p", "None yet.")])
 
     def _configuration(self) -> Html:
@@ -497,7 +504,7 @@ class _Report:
         )
 
     def _dataset(self, looked: Looked) -> Html:
-        state = self.trained.meta.state
+        state = self.state
         parts: list[object] = []
         for root, manifest in zip(self.data.roots, self.data.manifests, strict=True):
             image, tokenizer = manifest.image, manifest.tokenizer
@@ -539,10 +546,10 @@ class _Report:
 
     def _checkpoints(self) -> Html:
         found = checkpoint.committed(checkpoint.directory_of(self.run))
-        best = self.trained.meta.state.best_step
+        best = self.state.best_step
         rows: list[tuple[object, ...]] = [("checkpoint", "notes")]
         for path in found[-_MOST_LINES:]:
-            notes = ["shown here"] if path == self.chosen else []
+            notes = ["shown here"] if path == self.trained.chosen else []
             notes += ["best validation"] if checkpoint.step_of(path) == best else []
             rows.append((checkpoint.name_of(path), ", ".join(notes)))
         return _table(rows)
@@ -647,9 +654,7 @@ def _as_bytes(image_CHW: Tensor) -> Tensor:
 
 def _image_url(image_CHW: Tensor) -> str:
     """A uint8 image as it is, if it is not large and a screen can show its channels."""
-    pixels_HWC = viewable(image_CHW.permute(1, 2, 0).cpu().numpy())
-    pixels_HWC = np.ascontiguousarray(pixels_HWC)
-    image = Image.fromarray(pixels_HWC[:, :, 0] if pixels_HWC.shape[2] == 1 else pixels_HWC)
+    image = to_picture(image_CHW.permute(1, 2, 0).cpu().numpy())
     image.thumbnail((_MOST_PIXELS, _MOST_PIXELS))
     data = _encoded(image, "PNG")
     if len(data) <= _MOST_PNG_BYTES or image.mode == "RGBA":
@@ -672,11 +677,6 @@ def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     out = io.BytesIO()
     image.save(out, kind, **options)
     return out.getvalue()
-
-
-def _spread(places: Sequence[int]) -> list[int]:
-    count = min(len(places), _ATTENDED_TOKENS)
-    return [places[number * len(places) // count] for number in range(count)]
 
 
 def _section(title: str, body: Html) -> Html:
@@ -790,7 +790,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, split, which = arguments.run, arguments.split, arguments.checkpoint
         looked = write_report(run, split, which, out, arguments.samples)
         row = {"page": out, "samples": len(looked.samples), "damaged": len(looked.damaged)}
-        print(json.dumps(row) if arguments.json else out)
+        print(json.dumps(row) if arguments.json else one_line(out))
         return 0
 
     return storage.command("report", action)

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import CONFIG_NAME, Config, to_toml
+from pipeline.config import CONFIG_NAME, GRAMMAR_NAME, Config, names_file, to_toml
+from pipeline.grammar import Grammar
 from pipeline.ranks import Ranks, said_once
 from pipeline.state import TrainState
 from shards import storage
@@ -47,12 +48,15 @@ class RunLog:
         self._failing = False
 
     def start(self, config: Config, state: TrainState) -> None:
-        """Writes config.toml, and takes back what is told of later steps: it will come again."""
+        """Writes config.toml and the text of a grammar's FILE, and takes back what is told of later
+        steps: it will come again."""
         self._since_s = time.perf_counter()
         if not self.ranks.is_main:
             return
         path = self.path.with_name(CONFIG_NAME)
         try:
+            if names_file(config.validate.grammar):
+                self._keep_grammar(config.validate.grammar, state)
             storage.publish_text(to_toml(config), str(path))
             text = self.path.read_text("utf-8", errors="replace") if self.path.exists() else ""
             kept = [line for line in text.splitlines() if _step_of(line) <= state.step]
@@ -132,6 +136,12 @@ class RunLog:
             if name not in quiet | {"step", "order_digest"}
         ]
         self.say(f"step {row['step']}/{of}  {'  '.join(cells)}")
+
+    def _keep_grammar(self, file: str, state: TrainState) -> None:
+        kept, text = self.path.with_name(GRAMMAR_NAME), Grammar.open(file).text
+        if kept.exists() and kept.read_text("utf-8", errors="replace") != text:
+            self.warn(f"{file}: another grammar than before; from step {state.step} on the run's")
+        storage.publish_text(text, str(kept))
 
     def _write_ledger(self, state: TrainState) -> None:
         try:

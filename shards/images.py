@@ -204,6 +204,12 @@ def viewable(pixels: NDArray[Any]) -> NDArray[Any]:
     return pixels if channels in _MODES else pixels[:, :, : 3 if channels > 4 else 1]
 
 
+def to_picture(pixels: NDArray[np.uint8]) -> Image.Image:
+    """(height, width, channels) as a grey, RGB or RGBA picture of what is `viewable`."""
+    shown = np.ascontiguousarray(viewable(pixels))
+    return Image.fromarray(shown[:, :, 0] if shown.shape[2] == 1 else shown)
+
+
 def _decode_any(data: bytes, channels: int) -> NDArray[np.uint8]:
     """Packed images are upright and in the dataset's mode. Those of adopted shards are made so
     here, as `fit_and_encode` does it, on white."""

@@ -163,6 +163,23 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
+def decode_apart(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[int, str]]:
+    """The text of `ids` token by token: how many tokens, and their text.
+
+    Several are taken together only where a character's bytes are in more than one.
+    """
+    pieces = []
+    at = 0
+    while at < len(ids):
+        # A character has four bytes at most; after as many tokens this one is no part of any.
+        tries = ((count, decode(tokenizer, ids[at : at + count])) for count in range(1, 5))
+        whole = (one for one in tries if not one[1].endswith("\ufffd"))
+        count, text = next(whole, (1, decode(tokenizer, ids[at : at + 1])))
+        pieces.append((count, text))
+        at += count
+    return pieces
+
+
 def keeps_white_space(tokenizer: Tokenizer) -> bool:
     """Whether white space is in the tokens, and not merely between them."""
     return tokenizer.decoder is not None

@@ -1,6 +1,7 @@
 """Latents of a split: rows that match validation, and pictures of what they say."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,19 @@ def test_predict_gives_the_same_rows_for_files(
         np.testing.assert_allclose(saved["latent"], expected["latent"], rtol=1e-5)
     assert predict.main([str(run), *files, *flags]) == 2
     assert "give --overwrite" in capsys.readouterr().err
+
+
+def test_mistakes_name_the_flag_that_was_given(
+    pictures_run: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    csv, parquet = str(tmp_path / "a.csv"), str(tmp_path / "a.parquet")
+    words = [str(pictures_run), str(pictures.parent / "raw" / "000000.png"), "--latents"]
+    capsys.readouterr()
+    assert predict.main([*words, csv]) == 2
+    assert f"--latents {csv}: write one of *.parquet, *.npz" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert predict.main([*words, parquet]) == 2
+    assert f"--latents {parquet}: pyarrow is needed" in capsys.readouterr().err
+    status, _, err = call(capsys, pictures_run, "--out", parquet)
+    assert (status, f"--out {parquet}: pyarrow is needed" in err) == (2, True)

@@ -1,7 +1,11 @@
 """Prediction: the pixels that packing gives, the codes that validation finds, and plain errors."""
 
+import io
 import json
 import math
+import os
+import re
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +63,8 @@ def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, 
     capsys.readouterr()
     status = predict.main([str(word) for word in words])
     captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    # Less the lines of progress, which a slow machine has time for.
+    return status, captured.out, re.sub(r"(?m)^predicted: \d.*\n", "", captured.err)
 
 
 def test_a_run_and_its_export_say_what_validation_decodes(
@@ -158,7 +163,8 @@ def test_code_comes_out_as_it_was_packed(
         pixels[:, ::4] = number if number % 2 else 250
         Image.fromarray(pixels).save(raw / f"{number}.png")
         (raw / f"{number}.gui").write_bytes(programs[number % 2].encode())
-    words = f"--split train=1 --workers 0 --tokenizer {tokenizer}"
+    # No byte pairs: a character of two bytes is two tokens.
+    words = f"--split train=1 --workers 0 --tokenizer {tokenizer} --vocab-size 260"
     assert pack.main([str(raw), str(data), *words.split()]) == 0
     settings = """
     --run.steps 100 --batch.global_size 8 --batch.micro_size 8 --optim.lr 5e-3
@@ -174,6 +180,7 @@ def test_code_comes_out_as_it_was_packed(
         written = (tmp_path / "out" / f"{number}.txt").read_bytes()
         assert written == expected[number].encode()
     assert report.main([str(run), "--split", "train"]) == 0
+    assert "\ufffd" not in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -254,7 +261,12 @@ def test_what_is_refused_is_named_and_the_rest_is_done(
     (folder / "c.png").write_bytes((raw / "000004.png").read_bytes()[:300])
     (folder / "d.png").write_text("no image either")
     (folder / "link.png").symlink_to(raw / "000005.png")
-    gone = tmp_path / "gone.png"
+    gone, circle = tmp_path / "gone.png", tmp_path / "circle.png"
+    circle.symlink_to(circle)
+    words = [exported, circle, raw / "000000.png", "--out", tmp_path / "out"]
+    status, out, err = call(capsys, *words)
+    assert (status, len(out.splitlines())) == (1, 1)
+    assert f"pixloom predict: {circle}: Too many levels of symbolic links\n" in err
     words = [exported, folder, gone, folder / "empty", raw / "000000.png", "--json"]
     status, out, err = call(capsys, *words)
     assert status == 1
@@ -299,11 +311,14 @@ def test_codes_go_to_files_and_none_is_lost(
     assert len(printed.splitlines()) == 3
 
     before = {path: path.read_bytes() for path in source.rglob("*.*")}
+    long = Path(shutil.copy(raw / "000001.png", tmp_path / f"{'a' * 251}.png"))
     for words, message in [
         ([source, "--out", source, "--code-suffix", ".gui"], "a.gui: is already there; give --ov"),
         ([source, "--out", source, "--code-suffix", ".png", "--overwrite"], "is one of the images"),
         ([source / "a.png", source / "sub/a.png", "--out", out], "would both be written to"),
         ([source, "--code-suffix", "../x"], "--code-suffix ../x"),
+        ([source, "--code-suffix", ".gui"], "--code-suffix: needs --out FOLDER, and a model that"),
+        ([long, "--out", out, "--code-suffix", ".long"], "a.long: File name too long"),
         ([source, "--batch-size", 0], "--batch-size 0"),
     ]:
         status, printed, err = call(capsys, exported, *words)
@@ -338,11 +353,79 @@ def test_pages_are_written_beside_codes(
     for words, message in [
         ([exported, raw, "--html"], "--html: needs --out FOLDER"),
         ([pictures_run, raw, "--html", "--out", out], "--html: needs --out FOLDER, and a model"),
+        ([pictures_run, raw, "--code-suffix", ".gui", "--out", out], "--code-suffix: needs"),
         ([exported, raw, "--html", "--out", out, "--code-suffix", ".html"], "would replace"),
     ]:
         status, printed, err = call(capsys, *words)
         assert (status, printed) == (2, "")
         assert message in err
+
+
+def test_what_cannot_be_written_loses_nothing_else(
+    exported: Path, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What came before it was told by then, and no file is left half written."""
+    raw, out = screens.parent / "raw", tmp_path / "out"
+    images = [raw / f"00000{number}.png" for number in range(3)]
+    words = [exported, *images, "--out", out, "--batch-size", 1, "--overwrite"]
+    (out / "000001.txt").mkdir(parents=True)
+    status, printed, err = call(capsys, *words)
+    assert (status, err) == (2, f"pixloom predict: error: {out}/000001.txt: Is a directory\n")
+    assert [line.split("\t")[0] for line in printed.splitlines()] == [str(images[0])]
+    status, printed, _ = call(capsys, *words, "--json")
+    rows = json.loads(printed)["images"]
+    assert (status, [row["file"] for row in rows]) == (2, [f"{out}/000000.txt"])
+
+    (out / "000001.txt").rmdir()
+    before = (out / "000000.txt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        status, _, err = call(capsys, *words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (status, err) == (2, f"pixloom predict: error: {out}/000000.txt: File too large\n")
+    assert {path: path.read_bytes() for path in out.iterdir()} == {out / "000000.txt": before}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_go_to_stdout_beside_a_progress_bar(
+    exported: Path, screens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [str(screens.parent / "raw" / f"00000{number}.png") for number in range(2)]
+    stdout, stderr = io.StringIO(), Terminal()
+    monkeypatch.setattr("sys.stdout", stdout)
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert predict.main([str(exported), *images]) == 0
+    assert "predicted" in stderr.getvalue()
+    assert [line.split("\t")[0] for line in stdout.getvalue().splitlines()] == images
+
+
+def test_a_reader_that_goes_away_is_one_line(
+    exported: Path, screens: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert predict.main([str(exported), str(screens.parent / "raw" / "000000.png")]) == 2
+    assert capsys.readouterr().err == "pixloom predict: error: stdout: Broken pipe\n"
+
+
+def test_a_name_that_is_not_utf8_is_no_hindrance(
+    exported: Path, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / os.fsdecode(b"caf\xe9.png")
+    shutil.copy(screens.parent / "raw" / "000000.png", image)
+    words = ["--grammar", "web", "--html", "--out", tmp_path / "out"]
+    assert call(capsys, exported, image, *words)[0] == 0
+    page = tmp_path / "out" / os.fsdecode(b"caf\xe9.html")
+    assert "<title>caf\\udce9.txt</title>" in page.read_text()
 
 
 @torch.inference_mode()
@@ -390,6 +473,14 @@ def test_images_on_a_store(
     assert len(printed.splitlines()) == 3
     assert err == f"pixloom predict: {folder}/bad.png: unsupported_format\n"
     assert call(capsys, exported, f"{folder}/b.png") == call(capsys, exported, local / "b.png")
+    once = call(capsys, exported, f"{folder}/b.png", f"{folder}/a.png")
+    words = [f"{folder}/b.png", f"{folder}/a.png", f"{folder}/b.png", "--out", tmp_path / "once"]
+    again = call(capsys, exported, *words[:3])
+    assert again[:2] == once[:2]
+    assert again[2] == f"pixloom predict: {folder}/b.png: named more than once, predicted once\n"
+    assert call(capsys, exported, *words)[0] == 0
+    twice = predict.find_images([f"{folder}/b.png"] * 2)
+    assert len(list(predict.predict(Trained.open(exported), twice, 4))) == 2
     assert call(capsys, exported, folder, "--out", tmp_path / "out")[0] == 1
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.txt")) == [
         "a.txt", "b.txt", "c.txt",

@@ -1,6 +1,7 @@
 """The page of a run: everything is on it, and a real browser without a network shows it."""
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from browser import visit
 
-from pipeline import charts, diffs, report, validate
+from pipeline import charts, checkpoint, diffs, report, validate
 from pipeline.charts import Curve
 from pipeline.markup import Html, page, tag
 from pipeline.models import Seq2Seq
@@ -57,8 +58,7 @@ def test_everything_of_a_seq2seq_run_is_there(
         assert words in text, words
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!data:|#)""", text)
     assert len(text) < 1_000_000
-    attention = ["attention"] if hasattr(Seq2Seq, "attention") else []
-    check_in_browser(out, tmp_path, [*SECTIONS, "token-confusion", *attention])
+    check_in_browser(out, tmp_path, [*SECTIONS, "token-confusion", "attention"])
 
 
 def test_everything_of_an_autoencoder_is_there(pictures_run: Path, tmp_path: Path) -> None:
@@ -109,17 +109,23 @@ def test_the_browser_would_notice(tmp_path: Path) -> None:
 def test_without_a_validation_split_it_is_another(
     screens: Path, tmp_path: Path, train_small: Callable[[Path, Path, str], Path]
 ) -> None:
-    data = tmp_path / "shards"
+    """And names that are not UTF-8 are shown by their bytes."""
+    raw, data = tmp_path / "raw", tmp_path / "shards"
+    shutil.copytree(screens.parent / "raw", raw)
+    for path in list(raw.iterdir()):
+        path.rename(raw / os.fsdecode(b"\xe9" + os.fsencode(path.name)))
     words = "--size 48x32 --split train=rest,dev=5 --workers 0"
-    assert pack.main([str(screens.parent / "raw"), str(data), *words.split()]) == 0
+    assert pack.main([str(raw), str(data), *words.split()]) == 0
     settings = """
     --run.steps 2 --batch.global_size 4 --batch.micro_size 4 --model.channels 8,16
-    --model.hidden_dim 32 --model.max_tokens 128
+    --model.hidden_dim 32 --model.max_tokens 128 --model.memory vector
     """
     run = train_small(tmp_path / "run", data, settings)
-    text = write(run, tmp_path / "report.html", "--samples", 2)
+    text = write(run, tmp_path / os.fsdecode(b"\xe9.html"), "--samples", 2)
+    assert "\\udce9000" in text
     assert "2 of the 75 samples of train" in text
     assert "no validation yet" in text
+    assert 'id="attention"' not in text
     assert "None yet." in text
 
 
@@ -133,6 +139,7 @@ def test_what_comes_from_outside_is_text(
     config = run / "config.toml"
     config.write_text(config.read_text().replace(str(screens), str(data)))
     (run / "validate-<u>.json").write_text('{"<u>": "<s>"}')
+    (run / "validate-list.json").write_text("[1]")
     with (run / "metrics.jsonl").open("a") as log:
         log.write('{"step": 61, "loss": NaN, "<em>": 2}\n{"step": 62, "lo')
     shard = bytearray((data / "test" / "000000.tar").read_bytes())
@@ -147,6 +154,37 @@ def test_what_comes_from_outside_is_text(
     assert "&lt;b&gt;run&amp;" in text
     assert "&lt;em&gt;" in text
     assert "&lt;s&gt;" in text
+
+
+def test_of_an_older_checkpoint_the_rest_of_the_run_is_told(
+    screens_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the one that is shown is hashed once."""
+    state = checkpoint.Meta.read(checkpoint.choose(screens_run, "last")).state
+    assert state.best_step == 60
+    sha256_of, hashed = checkpoint.sha256_of, Counter[Path]()
+
+    def counting(path: Path) -> str:
+        hashed[path] += 1
+        return sha256_of(path)
+
+    monkeypatch.setattr(checkpoint, "sha256_of", counting)
+    text = write(screens_run, tmp_path / "report.html", "--samples", 1, "--checkpoint", 30)
+    assert f"exact_match {state.best_metric:.4g} at step 60" in text
+    assert "<td>step-00000030</td><td>shown here</td>" in text
+    assert "<td>step-00000060</td><td>best validation</td>" in text
+    assert [n for path, n in hashed.items() if path.suffix == ".safetensors"] == [1]
+
+
+def test_an_error_of_attention_is_one(
+    screens_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(Seq2Seq, "attention", broken)
+    with pytest.raises(ValueError, match="broken"):
+        write(screens_run, tmp_path / "report.html", "--samples", 1)
 
 
 def test_a_long_run_s_page_is_no_larger(screens_run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 import torchvision
 from accelerate.state import AcceleratorState
 
-from pipeline import checkpoint, order, train, validate
+from pipeline import checkpoint, order, predict, report, train, validate
+from pipeline.export import read_export
 from pipeline.ranks import Ranks
 from pipeline.runlog import RunLog
 from shards import pack, synth
@@ -460,6 +462,41 @@ def test_a_run_starts_from_an_export(
     after = checkpoint.load_tensors(checkpoint.choose(tmp_path / "second", "last"))
     for name, tensor in before.items():
         assert not name.startswith("model/") or torch.equal(tensor, after[name]), name
+
+
+def test_a_grammar_s_file_may_move_or_change(
+    cpu: None, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run keeps its text, and everything that opens the run uses it."""
+    own, folder = tmp_path / "own.ebnf", tmp_path / "run"
+    text = 'code = "row {" (" text")+ " }" ;\n'
+    own.write_text(text)
+    assert run(folder, screens, "--validate.grammar", own) == 0
+    assert (folder / "grammar.ebnf").read_text() == text
+    image = str(screens.parent / "raw" / "000000.png")
+    capsys.readouterr()
+    assert predict.main([str(folder), image]) == 0
+    code = capsys.readouterr().out
+    assert re.fullmatch(r"row \{( text)+ \}\n", code)
+
+    other = 'code = "header { btn-active }" ;\n'
+    for change in (own.unlink, lambda: own.write_text(other)):
+        change()
+        capsys.readouterr()
+        assert predict.main([str(folder), image]) == 0
+        assert capsys.readouterr().out == code
+        assert validate.main([str(folder), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["validity"] == 1
+        assert report.main([str(folder), "--samples", "1"]) == 0
+        words = ["export", str(folder), "--out", str(tmp_path / "export"), "--json"]
+        assert checkpoint.main(words) == 0
+        assert read_export(tmp_path / "export").grammar == text
+    assert predict.main([str(folder), image, "--grammar", str(own)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "header { btn-active }"
+    # Training goes by the file, and says that it is another one.
+    assert run(folder, screens, "--validate.grammar", own) == 0
+    assert f"{own}: another grammar than before" in capsys.readouterr().err
+    assert (folder / "grammar.ebnf").read_text() == other
 
 
 def test_a_backbone_needs_images_that_it_can_see(

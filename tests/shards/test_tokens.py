@@ -57,6 +57,20 @@ def test_every_word_of_a_text_is_in_the_vocabulary_trained_on_it(text: str) -> N
     assert tokenizer.decode(ids) == " ".join(words)
 
 
+@given(st.text(alphabet="a\u00e9\u20ac\U0001f600 "), st.randoms(use_true_random=False))
+def test_characters_of_several_byte_tokens_come_out_whole(text: str, rng: random.Random) -> None:
+    tokenizer = tokens.load_tokenizer(
+        tokens.train_bpe_tokenizer(["\u20ac\u00e9"] * 2, 2, 263), "it"
+    )
+    ids = tokens.encode(tokenizer, text)[1:-1]
+    pieces = tokens.decode_apart(tokenizer, ids)
+    assert "".join(piece for _, piece in pieces) == text
+    assert sum(count for count, _ in pieces) == len(ids)
+    rng.shuffle(ids)  # bytes that are no text
+    pieces = tokens.decode_apart(tokenizer, ids)
+    assert sum(count for count, _ in pieces) == len(ids)
+
+
 @pytest.mark.parametrize("text", ["", "{}", "not json", '{"version": "1.0"}'])
 def test_other_files_are_named(text: str) -> None:
     with pytest.raises(UserError, match=r"here\.json"):
