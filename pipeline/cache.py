@@ -238,13 +238,6 @@ class Outlook:
         return best, lingers
 
 
-class Opened(NamedTuple):
-    """A descriptor to be closed by its reader, and whether the shard's hash was right."""
-
-    descriptor: int
-    is_verified: bool
-
-
 class _StoppedError(Exception):
     """A speculative download that is not wanted any more."""
 
@@ -298,15 +291,18 @@ class NodeCache:
         """The size of all files in the folder."""
         return sum(stat.st_size for _, stat in self._scan())
 
-    def open(self, shard: Shard, schedule: Schedule | None = None) -> Opened:
-        """The shard's file, fetched when it is not there; open, so that no eviction can take it.
+    def open(self, shard: Shard, schedule: Schedule | None = None) -> int:
+        """A descriptor of the shard's file, fetched when it is not there: open, so that no eviction
+        can take it; the reader closes it.
 
         Raises:
             UserError: the storage does not answer, or the cache can hold nothing.
         """
         need = Need(-1, 0) if schedule is None else self._need(schedule, schedule.step)
         while True:
-            opened = self._look(shard.entry) or self._fetch(shard, need, self._outlook)
+            opened = self._look(shard.entry)
+            if opened is None:
+                opened = self._fetch(shard, need, self._outlook)
             if opened is not None:
                 return opened
 
@@ -318,14 +314,16 @@ class NodeCache:
         True when it is there now, None when another process is fetching it, False without room.
         """
         try:
-            opened = self._look(shard.entry) or self._fetch(shard, need, outlook, stopped)
+            opened = self._look(shard.entry)
+            if opened is None:
+                opened = self._fetch(shard, need, outlook, stopped)
         except _StoppedError:
             return False
         except _NoRoomError:
             return False
         if opened is None:
             return None
-        _close(opened.descriptor)
+        _close(opened)
         return True
 
     def text(
@@ -366,10 +364,11 @@ class NodeCache:
         return parse(text, url)
 
     def recheck(self, shard: Shard) -> bool:
-        """After a sample of a verified file failed: whether to read it again.
+        """After a sample failed: whether to read it again.
 
-        The copy on this disk may have gone bad, or a small file beside it; both are dropped then,
-        once a shard and process.
+        The copy on this disk may have gone bad, or a small file beside it, or the dataset has been
+        replaced, which the small files tell when they are fetched anew: all are dropped then, once
+        a shard and process.
         """
         entry = shard.entry
         if entry.sha256 in self._rechecked:
@@ -407,14 +406,14 @@ class NodeCache:
     def _places(self, entry: ShardEntry) -> tuple[Path, Path]:
         return self.folder / f"{entry.sha256}.tar", self.folder / f"{entry.sha256}.damaged"
 
-    def _look(self, entry: ShardEntry) -> Opened | None:
-        for path, is_verified in zip(self._places(entry), (True, False), strict=True):
+    def _look(self, entry: ShardEntry) -> int | None:
+        for path in self._places(entry):
             with storage.explained(str(path)), contextlib.suppress(FileNotFoundError):
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 if time.time() - os.fstat(descriptor).st_mtime > TOUCH_S:
                     with contextlib.suppress(OSError):  # another user's file
                         os.utime(descriptor)
-                return Opened(descriptor, is_verified)
+                return descriptor
         return None
 
     def _fetch(
@@ -423,7 +422,7 @@ class NodeCache:
         need: Need,
         outlook: Outlook,
         stopped: threading.Event | None = None,
-    ) -> Opened | None:
+    ) -> int | None:
         """Downloads a shard; `stopped` makes it speculative. None when another process does."""
         entry = shard.entry
         speculative = stopped is not None
@@ -447,14 +446,14 @@ class NodeCache:
                 cause, num_bytes = self._download(shard, part, stopped)
                 if not cause:
                     self._rename(good.with_suffix(".part"), good)
-                    return Opened(os.dup(part), True)
+                    return os.dup(part)
             os.ftruncate(part, num_bytes)
             self._rename(good.with_suffix(".part"), damaged)
             _warn(
                 f"{shard.url}: damaged ({cause}; {NUM_ATTEMPTS} attempts); its samples are judged "
                 "one by one"
             )
-            return Opened(os.dup(part), False)
+            return os.dup(part)
 
     def _download(
         self, shard: Shard, part: int, stopped: threading.Event | None

@@ -100,7 +100,8 @@ class RunLog:
             with said_once():
                 raise UserError(
                     f"{len(state.damaged)} damaged samples (named above), data.max_bad allows "
-                    f"{max_bad}; see `pixloom verify --deep`"
+                    f"{max_bad}; run `pixloom verify --deep` on the dataset: it is damaged, or the "
+                    "dataset was replaced after this run had begun"
                 )
 
     def count(self, samples: int, wait_s: float) -> None:

@@ -128,12 +128,12 @@ class SampleReader:
             raise UserError(f"{self.shards[shard].url}: on an object store, and there is no cache")
         while True:
             # Opened for each sample: a file held open would keep its room after its eviction.
-            descriptor, is_verified = self.cache.open(self.shards[shard], self.schedule)
+            descriptor = self.cache.open(self.shards[shard], self.schedule)
             try:
                 self._read_span(descriptor, shard, index, data, where)
                 return
             except SampleError:
-                if not (is_verified and self.cache.recheck(self.shards[shard])):
+                if not self.cache.recheck(self.shards[shard]):
                     raise
             finally:
                 os.close(descriptor)

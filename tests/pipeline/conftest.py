@@ -100,3 +100,13 @@ def with_precision(
 
     yield copy
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(params=["fp32", "bf16"])
+def precise_run(
+    request: pytest.FixtureRequest,
+    pictures_run: Path,
+    with_precision: Callable[[Path, str], Path],
+) -> tuple[str, Path]:
+    """(precision, `pictures_run` with it)."""
+    return request.param, with_precision(pictures_run, request.param)

@@ -33,16 +33,13 @@ def metrics_of(run: Path, split: str, capsys: pytest.CaptureFixture[str]) -> dic
     return metrics
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_rows_are_the_split_in_order_and_their_means_its_metrics(
-    precision: str,
-    pictures_run: Path,
+    precise_run: tuple[str, Path],
     pictures: Path,
-    with_precision: Callable[[Path, str], Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = with_precision(pictures_run, precision)
+    precision, run = precise_run
     metrics = metrics_of(run, "train", capsys)
     words = [run, "--split", "train", "--out"]
     status, row, _ = call(capsys, *words, tmp_path / "a.npz")
@@ -194,16 +191,13 @@ def test_mistakes_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_predict_gives_the_same_rows_for_files(
-    precision: str,
-    pictures_run: Path,
+    precise_run: tuple[str, Path],
     pictures: Path,
-    with_precision: Callable[[Path, str], Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = with_precision(pictures_run, precision)
+    _, run = precise_run
     words = [run, "--split", "test", "--out", tmp_path / "split.npz"]
     assert call(capsys, *words)[0] == 0
     with np.load(tmp_path / "split.npz") as saved:

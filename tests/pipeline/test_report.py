@@ -70,15 +70,12 @@ def test_everything_of_an_autoencoder_is_there(pictures_run: Path, tmp_path: Pat
     check_in_browser(out, tmp_path, SECTIONS)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_its_errors_are_those_of_validation(
-    precision: str,
-    pictures_run: Path,
-    with_precision: Callable[[Path, str], Path],
+    precise_run: tuple[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = with_precision(pictures_run, precision)
+    _, run = precise_run
     assert validate.main([str(run), "--split", "test", "--json"]) == 0
     mse = json.loads(capsys.readouterr().out)["mse"]
     looked = report.write_report(run, "test", "best", str(tmp_path / "report.html"), 0)
