@@ -87,8 +87,9 @@ def draw(curves: Sequence[Curve], last: float, *, may_be_log: bool) -> bytes:
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.2, 2.3), facecolor="none")
-        # matplotlib would take longer to find this than for all the rest.
-        axes: Any = figure.add_axes((0.14, 0.19, 0.85, 0.78))
+        # matplotlib would take longer to find this than for all the rest. On the right is room for
+        # half of the last label.
+        axes: Any = figure.add_axes((0.14, 0.19, 0.81, 0.78))
         for curve, colour in zip(curves, COLOURS, strict=False):
             drawn = thinned(curve)
             if len(curve.steps) > len(drawn.steps):

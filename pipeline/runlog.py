@@ -188,6 +188,6 @@ def _row_of(line: str) -> dict[str, Any] | None:
     try:
         row: dict[str, Any] = json.loads(line)
         row["step"] = int(row["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):  # OverflowError: of an infinite step
         return None
     return row
