@@ -53,7 +53,7 @@ from shards.sources import FileRead, Listing, Reader, Skip
 from shards.storage import SCRATCH_NAME, StorageError, UserError, command, join
 
 SHOWN_NAMES = 3
-_EMPTY_TAR_HEADER = tarfile.TarInfo("").replace(mode=0o644).tobuf(tarfile.USTAR_FORMAT)
+_EMPTY_TAR_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
 DEFAULT_BPE_SIZE = 4096
 DEFAULT_SPLIT = "train=.8,val=.1,test=.1"
 
