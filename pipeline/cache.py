@@ -300,9 +300,7 @@ class NodeCache:
         """
         need = Need(-1, 0) if schedule is None else self._need(schedule, schedule.step)
         while True:
-            opened = self._look(shard.entry)
-            if opened is None:
-                opened = self._fetch(shard, need, self._outlook)
+            opened = self._look_or_fetch(shard, need, self._outlook)
             if opened is not None:
                 return opened
 
@@ -314,9 +312,7 @@ class NodeCache:
         True when it is there now, None when another process is fetching it, False without room.
         """
         try:
-            opened = self._look(shard.entry)
-            if opened is None:
-                opened = self._fetch(shard, need, outlook, stopped)
+            opened = self._look_or_fetch(shard, need, outlook, stopped)
         except _StoppedError:
             return False
         except _NoRoomError:
@@ -416,15 +412,19 @@ class NodeCache:
                 return descriptor
         return None
 
-    def _fetch(
+    def _look_or_fetch(
         self,
         shard: Shard,
         need: Need,
         outlook: Outlook,
         stopped: threading.Event | None = None,
     ) -> int | None:
-        """Downloads a shard; `stopped` makes it speculative. None when another process does."""
+        """Opens a shard, downloaded where it is not there; `stopped` makes that speculative. None
+        when another process does it."""
         entry = shard.entry
+        opened = self._look(entry)
+        if opened is not None:
+            return opened
         speculative = stopped is not None
         if entry.bytes > self.room_bytes:
             raise UserError(

@@ -27,6 +27,8 @@ from shards.errors import MissingError, StorageError, UserError, redact
 
 T = TypeVar("T")
 
+PROTOCOLS = ("s3", "gs", "gcs", "abfs", "abfss", "az")
+
 PART_BYTES = 16 << 20
 """A larger file goes to S3 in parts of this size; `PARALLEL_PARTS` of them are in memory."""
 PARALLEL_PARTS = 4
@@ -95,6 +97,12 @@ class _MissingError(Exception):
 
 class _IncompleteError(Exception):
     """Not all of an object arrived; the whole put or fetch must be done again."""
+
+
+def protocol_of(url: str) -> str | None:
+    """The protocol of a remote URL; None for a local path and for any other URL."""
+    protocol, separator, _ = url.partition("://")
+    return protocol if separator and protocol in PROTOCOLS else None
 
 
 def is_inside(url: str, folder: str) -> bool:

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import importlib
 import io
 import os
 import re
@@ -21,28 +20,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
+from shards import remote
 from shards.errors import MissingError as MissingError
 from shards.errors import StorageError as StorageError
 from shards.errors import UserError as UserError
 from shards.errors import command as command
 from shards.errors import redact as redact
 from shards.format import MANIFEST_NAME, FormatError, Manifest
-
-if TYPE_CHECKING:
-    from shards import remote
-else:
-
-    class _Remote:
-        """The module, when it is needed: it brings asyncio, a fifth of a worker's start."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(importlib.import_module("shards.remote"), name)
-
-    remote = _Remote()
-
-REMOTE_PROTOCOLS = ("s3", "gs", "gcs", "abfs", "abfss", "az")
 
 SCRATCH_NAME = ".pixloom-tmp"
 """The folder, under a dataset's root, in which files are built; also the suffix of temp files."""
@@ -63,8 +49,7 @@ R = TypeVar("R")
 
 def is_remote(url: str) -> bool:
     """Whether `url` is on an object store. Anything else is local, or refused when it is used."""
-    protocol, separator, _ = url.partition("://")
-    return bool(separator) and protocol in REMOTE_PROTOCOLS
+    return remote.protocol_of(url) is not None
 
 
 def local_path(url: str) -> Path:
@@ -80,7 +65,7 @@ def local_path(url: str) -> Path:
             "supported so far: local paths and file:// URLs"
         )
     if protocol != "file":
-        known = ", ".join(f"{name}://" for name in REMOTE_PROTOCOLS)
+        known = ", ".join(f"{name}://" for name in remote.PROTOCOLS)
         raise UserError(
             f"{protocol}://: this storage protocol is not supported; "
             f"supported so far: local paths, file://, {known}"
