@@ -174,6 +174,15 @@ def test_frequent_byte_pairs_are_one_token() -> None:
     assert small.get_vocab_size() == 260
 
 
+def test_byte_pairs_of_code_take_the_sign_before_a_word_and_the_line_end_after_one() -> None:
+    code = "\\frac{a}\n.btn-green {\n<eos>\n}\n"
+    tokenizer = tokens.load_tokenizer(tokens.train_bpe_tokenizer([code] * 2, 2, 400), "here")
+    pieces = [
+        text for _, text in tokens.decode_apart(tokenizer, tokens.encode(tokenizer, code)[1:-1])
+    ]
+    assert pieces == ["\\frac", "{a", "}\n", ".btn", "-green", " {\n", "<eos", ">\n", "}\n"]
+
+
 # Few letters, all about equally frequent: the trainer meets ties at nearly every pair.
 @given(st.lists(st.text("abc d"), max_size=12), st.randoms(use_true_random=False))
 def test_the_order_of_texts_changes_no_byte_pair(texts: list[str], rng: random.Random) -> None:
