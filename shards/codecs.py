@@ -51,17 +51,21 @@ def decode_plain(
             neither side gets shorter than this.
         out: filled and returned if the image has its shape.
     """
-    if data.startswith(_PNG_SIGNATURE):
-        size = _plain_png_size(data, channels)
-    elif data.startswith(b"\xff\xd8\xff"):
-        size = _plain_jpeg_size(data, channels)
-    else:
-        return None
+    size = plain_size(data, channels)
     if size is None or size[0] * size[1] > max_pixels or max(size) > max_side:
         return None
     if data.startswith(_PNG_SIGNATURE):
         return _decode_png(data, channels, size, out)
     return _decode_jpeg(data, channels, size, least, out)
+
+
+def plain_size(data: bytes, channels: int) -> tuple[int, int] | None:
+    """(width, height) that an ordinary PNG or JPEG states; None for anything else."""
+    if data.startswith(_PNG_SIGNATURE):
+        return _plain_png_size(data, channels)
+    if data.startswith(b"\xff\xd8\xff"):
+        return _plain_jpeg_size(data, channels)
+    return None
 
 
 def _decode_png(

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from shards import arrays, headers
-from shards.codecs import decode_plain
+from shards.codecs import decode_plain, plain_size
 from shards.format import ARRAY_EXTENSION, ImagePolicy
 from shards.limits import MAX_FILE_BYTES as MAX_FILE_BYTES
 from shards.limits import MAX_PIXELS as MAX_PIXELS
@@ -127,6 +127,10 @@ def read_size(
             raise ImageRefused("unsupported_format")
         height, width, _ = arrays.read_shape(data, channels)
         return width, height
+    plain = plain_size(data, channels) if len(data) <= MAX_FILE_BYTES else None
+    if plain is not None:  # both formats are among all `formats`
+        check_size(*plain)
+        return plain
     with _opened(data, FORMATS) as image:
         if image.format in FORMATS and image.format not in formats:
             raise ImageRefused("unsupported_format")

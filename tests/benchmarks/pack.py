@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.serve:
         serve(_answer)
         return 0
+    # Where it is set, no compiled modules are kept, and every worker process compiles them anew.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if arguments.peers_python is None:
         print(
             "no other packers: give --peers-python VENV/bin/python of a venv with\n"

@@ -677,6 +677,26 @@ def test_characters_and_byte_pairs_are_those_of_the_training_split(
             assert (len(ids) <= 4) == key.startswith("train-")
 
 
+@given(sizes=st.lists(st.integers(0, pack.BUNCH_BYTES // 3), max_size=3 * pack.BUNCH_SAMPLES))
+def test_bunches_keep_the_order_and_their_limits(sizes: list[int]) -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for size in sizes:
+            made.append(size)
+            yield size
+
+    passed = 0
+    for size in pack._in_bunches(items(), lambda size: size):
+        ahead = made[passed:]
+        assert size == ahead[0]
+        assert len(ahead) <= pack.BUNCH_SAMPLES
+        assert sum(ahead[:-1]) < pack.BUNCH_BYTES
+        passed += 1
+    assert made == sizes
+    assert passed == len(sizes)
+
+
 def test_a_change_of_the_tokenizer_is_named(
     make_pairs: MakePairs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
