@@ -44,11 +44,15 @@ _NPY_HEADER = re.compile(
 )
 
 _SPLIT = pre_tokenizers.Split(Regex(WORD_PATTERN), "removed", invert=True)
+# The same of ASCII, in a fifth of the time.
+_ASCII_WORDS = re.compile(WORD_PATTERN, re.ASCII)
 _SPLIT_CHARS = pre_tokenizers.Split(Regex(r"[\s\S]"), "removed", invert=True)
 
 
 def words(code: str) -> list[str]:
     """The words of `code` in order; white space separates and is dropped."""
+    if code.isascii():
+        return _ASCII_WORDS.findall(code)
     return [word for word, _ in _SPLIT.pre_tokenize_str(code)]
 
 

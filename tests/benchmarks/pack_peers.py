@@ -11,7 +11,6 @@ import io
 import multiprocessing
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +124,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
     name = request["name"]
     if request.get("do") == "version":
+        from importlib import metadata  # here, for each worker process of ours would pay for it
+
         return {"version": metadata.version(PACKAGES[name])}
     out = Path(request["out"])
     shutil.rmtree(out, ignore_errors=True)

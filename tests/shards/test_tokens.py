@@ -57,6 +57,11 @@ def test_every_word_of_a_text_is_in_the_vocabulary_trained_on_it(text: str) -> N
     assert tokenizer.decode(ids) == " ".join(words)
 
 
+@given(st.text(st.characters(max_codepoint=127)))
+def test_words_of_ascii_are_those_of_the_tokenizer(text: str) -> None:
+    assert tokens.words(text) == [word for word, _ in tokens._SPLIT.pre_tokenize_str(text)]
+
+
 @given(st.text(alphabet="a\u00e9\u20ac\U0001f600 "), st.randoms(use_true_random=False))
 def test_characters_of_several_byte_tokens_come_out_whole(text: str, rng: random.Random) -> None:
     tokenizer = tokens.load_tokenizer(
