@@ -41,9 +41,12 @@ DEFAULT_TIMEOUT_S = 600.0
 SLOTS_EVERY_S = 0.5
 ENGINES = ("local", "dask", "ray")
 NOTE_BYTES = 2**13
-MALLOC = ("mmap_threshold=33554432", "trim_threshold=67108864", "hugetlb=1")
-"""glibc's: memory that was freed is kept for the next image, in huge pages; to get it anew, page by
-page, takes a fifth of the time of packing screenshots. Other C libraries take no notice."""
+TUNABLES = (
+    "glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=67108864:"
+    "glibc.malloc.hugetlb=1"
+)
+"""Of workers, for glibc: memory that was freed is kept for the next image, in huge pages; to get it
+anew, page by page, takes a fifth of the time of packing screenshots."""
 
 _on_note: Callable[[str], None] | None = None
 
@@ -419,7 +422,7 @@ class _Worker:
         limits = replace(limits, crew=None)
         shared = context.RawArray("c", NOTE_BYTES)
         process = context.Process(target=_serve, args=(theirs, shared, limits), daemon=True)
-        with _set_malloc():
+        with _tuned():
             process.start()
         theirs.close()
         return cls(process, ours, shared, limits.timeout_s)
@@ -494,17 +497,17 @@ def _set_alarm(seconds: float | None) -> None:
 
 
 @contextlib.contextmanager
-def _set_malloc() -> Iterator[None]:
-    """`MALLOC` for processes that are started within the block: it is read at their start."""
-    name, before = "GLIBC_TUNABLES", os.environ.get("GLIBC_TUNABLES")
-    ours = [f"glibc.malloc.{setting}" for setting in MALLOC]
-    os.environ[name] = ":".join([*ours, before] if before else ours)  # of two, the last counts
+def _tuned() -> Iterator[None]:
+    """Processes that are started within the block have `TUNABLES`; the user's own come after them,
+    and so prevail."""
+    name = "GLIBC_TUNABLES"
+    before = os.environ.get(name)
+    os.environ[name] = f"{TUNABLES}:{before}" if before else TUNABLES
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
+        del os.environ[name]
+        if before is not None:
             os.environ[name] = before
 
 

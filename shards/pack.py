@@ -341,7 +341,7 @@ def _code_file(sample: PlannedSample) -> FileRead:
 
 @dataclass(frozen=True, slots=True)
 class _Raw:
-    """A planned sample with the bytes of its files; None is left out, as a sample's poison is."""
+    """A planned sample with the bytes of its files. Poison has no image here."""
 
     sample: PlannedSample
     image: bytes | None
