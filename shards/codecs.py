@@ -22,9 +22,11 @@ from shards.headers import has_too_many_scans
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOURS = {1: 0, 3: 2, 4: 6}
 """channels -> colour type"""
+_PNG_PALETTE = 3
 _PNG_MODES = {1: "mono", 3: "rgb", 4: "rgba"}
 # Chunks that change no pixel and that Pillow takes whatever they hold.
 _PNG_PLAIN_CHUNKS = frozenset((b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"tIME", b"sBIT", b"bKGD"))
+_PNG_PALETTE_CHUNKS = frozenset((b"PLTE", b"tRNS"))
 _PNG_MAX_METADATA_BYTES = 2**14
 _JPEG_FORMATS = {1: "GRAY", 3: "RGB"}
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)
@@ -59,8 +61,11 @@ def decode_plain(
     return _decode_jpeg(data, channels, size, least, out)
 
 
-def plain_size(data: bytes, channels: int) -> tuple[int, int] | None:
-    """(width, height) that an ordinary PNG or JPEG states; None for anything else."""
+def plain_size(data: bytes, channels: int | None = None) -> tuple[int, int] | None:
+    """(width, height) that an ordinary PNG or JPEG states; None for anything else.
+
+    One of so many channels; without a number it may have any, or a palette.
+    """
     if data.startswith(_PNG_SIGNATURE):
         return _plain_png_size(data, channels)
     if data.startswith(b"\xff\xd8\xff"):
@@ -113,7 +118,7 @@ def _decode_jpeg(
     return pixels
 
 
-def _plain_png_size(data: bytes, channels: int) -> tuple[int, int] | None:
+def _plain_png_size(data: bytes, channels: int | None) -> tuple[int, int] | None:
     """(width, height) if every chunk is whole and of a kind that changes no pixel.
 
     The checksums are verified here: of chunks that it skips, the decoder does not.
@@ -121,8 +126,14 @@ def _plain_png_size(data: bytes, channels: int) -> tuple[int, int] | None:
     if len(data) < 57 or data[8:16] != b"\0\0\0\rIHDR":
         return None
     width, height, depth, colour, *methods = struct.unpack(">IIBBBBB", data[16:29])
-    if depth != 8 or colour != _PNG_COLOURS.get(channels) or any(methods) or not width * height:
+    wanted = (*_PNG_COLOURS.values(), _PNG_PALETTE)
+    if channels is not None:
+        wanted = (_PNG_COLOURS.get(channels, -1),)
+    if depth != 8 or colour not in wanted or any(methods) or not width * height:
         return None
+    plain_chunks = _PNG_PLAIN_CHUNKS
+    if colour == _PNG_PALETTE:
+        plain_chunks |= _PNG_PALETTE_CHUNKS
     view, at, before, has_pixels = memoryview(data), 8, b"", False
     while at + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, at)
@@ -140,7 +151,7 @@ def _plain_png_size(data: bytes, channels: int) -> tuple[int, int] | None:
         elif kind == b"IHDR":
             if at != 8:
                 return None
-        elif not (kind in _PNG_PLAIN_CHUNKS or _is_plain_metadata(kind, data[at + 8 : end - 4])):
+        elif not (kind in plain_chunks or _is_plain_metadata(kind, data[at + 8 : end - 4])):
             return None
         before, at = kind, end
     return None
@@ -153,7 +164,7 @@ def _is_plain_metadata(kind: bytes, body: bytes) -> bool:
     return kind == b"iCCP" or (kind == b"tEXt" and not re.match(rb"(?i)raw profile|xmp", body))
 
 
-def _plain_jpeg_size(data: bytes, channels: int) -> tuple[int, int] | None:
+def _plain_jpeg_size(data: bytes, channels: int | None) -> tuple[int, int] | None:
     """(width, height) of a frame of 8 bits in grey or three colours, without an orientation."""
     at = 2
     while at + 10 <= len(data) and data[at] == 0xFF:
@@ -163,7 +174,8 @@ def _plain_jpeg_size(data: bytes, channels: int) -> tuple[int, int] | None:
             continue
         if marker in _JPEG_FRAMES:
             depth, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
-            plain = depth == 8 and components == channels and channels in _JPEG_FORMATS
+            plain = depth == 8 and components in _JPEG_FORMATS
+            plain = plain and channels in (None, components)
             plain = plain and not (marker == _JPEG_PROGRESSIVE and has_too_many_scans(data))
             return (width, height) if plain and width * height else None
         if not (marker == 0xC4 or 0xDB <= marker <= 0xFE):

@@ -127,7 +127,7 @@ def read_size(
             raise ImageRefused("unsupported_format")
         height, width, _ = arrays.read_shape(data, channels)
         return width, height
-    plain = plain_size(data, channels) if len(data) <= MAX_FILE_BYTES else None
+    plain = plain_size(data) if len(data) <= MAX_FILE_BYTES else None
     if plain is not None:  # both formats are among all `formats`
         check_size(*plain)
         return plain

@@ -190,10 +190,16 @@ def write_shard(task: ShardTask) -> tuple[Receipt, list[Skip]]:
         skips=plan.causes(skips),
         plan_hash=task.plan_hash,
     )
-    storage.publish(path, join(task.out, name))
-    index = format_index(tar.spans)
-    storage.publish_text(index, join(task.out, entry.index_name), task.scratch)
-    storage.publish_text(receipt.to_json(), join(task.out, entry.receipt_name), task.scratch)
+    files = [(path, join(task.out, name))]
+    for published, text in (
+        (entry.index_name, format_index(tar.spans)),
+        (entry.receipt_name, receipt.to_json()),
+    ):
+        built = path.with_name(f"{path.name}-{len(files)}")
+        with storage.explained(str(built)):
+            built.write_bytes(text.encode())
+        files.append((built, join(task.out, published)))
+    storage.publish_all(files)
     return receipt, skips
 
 
@@ -212,8 +218,9 @@ def draft(
 
     Raises `UserError`, and `TooManyBadError` above `max_bad` skipped samples.
     """
-    records, refused = plan.scan(source, listing, workers, options.image.channels)
-    skips = sorted((*listing.skips, *refused), key=lambda skip: (skip.cause, skip.name))
+    scan = plan.scan(source, listing, options, workers)
+    records = scan.records
+    skips = sorted((*listing.skips, *scan.skips), key=lambda skip: (skip.cause, skip.name))
     if not records:
         found = describe_skips(plan.causes(skips), skips)
         raise UserError(f"{source}: nothing to pack there ({found})")
@@ -231,7 +238,7 @@ def draft(
                 "give --tokenizer FILE"
             )
         training = [one for group in dealt["train"] for one in group]
-        tokenizer_json = plan.train_tokenizer(source, training, options, workers)
+        tokenizer_json = plan.train_tokenizer(source, scan, training, options, workers)
     sha256 = None
     if tokenizer_json is not None:
         sha256 = hashlib.sha256(tokenizer_json.encode()).hexdigest()

@@ -272,13 +272,24 @@ def count_groups(spec: SplitSpec, num_groups: int) -> dict[str, int]:
     return counts
 
 
-def scan(
-    root: str, listing: Listing, workers: Workers | int, channels: int = 3
-) -> tuple[list[Record], list[Skip]]:
-    """Reads and hashes every listed sample; refuses what its header or its text rules out, for
-    images that will have so many channels."""
+@dataclass(frozen=True)
+class Scan:
+    """What is listed, as it was found. `counts` are of the words or characters of all records."""
+
+    records: list[Record]
+    skips: list[Skip]
+    counts: collections.Counter[str]
+
+
+def scan(root: str, listing: Listing, options: Options, workers: Workers | int) -> Scan:
+    """Reads and hashes every listed sample; refuses what its header or its text rules out. Counts
+    what `options.tokenizer` is trained on, word or character."""
     pieces = _pieces([pair.block for pair in listing.pairs])
-    chunks = [_Chunk(root, listing.pairs[start:stop], start, channels) for start, stop in pieces]
+    channels, tokenizer = options.image.channels, options.tokenizer
+    chunks = [
+        _Chunk(root, listing.pairs[start:stop], start, channels, tokenizer)
+        for start, stop in pieces
+    ]
     results = engines.run(
         _scan_chunk, chunks, workers, lambda chunk: f"scan from {chunk.pairs[0].image}", _without
     )
@@ -286,38 +297,53 @@ def scan(
         results,
         len(listing.pairs),
         "scanned",
-        lambda done: len(done[1]),
-        lambda done: _cost(done[1]),
+        lambda done: len(done[1][0]),
+        lambda done: _cost(done[1][0]),
     )
+    counts: collections.Counter[str] = collections.Counter()
     found: list[Record | Skip] = []
-    for _, chunk in sorted(((task.start, chunk) for task, chunk in shown), key=lambda row: row[0]):
+    for _, (chunk, counted) in sorted(
+        ((task.start, result) for task, result in shown), key=lambda row: row[0]
+    ):
         found += chunk
+        counts.update(counted)
     records = [one for one in found if isinstance(one, Record)]
-    return records, [one for one in found if isinstance(one, Skip)]
+    return Scan(records, [one for one in found if isinstance(one, Skip)], counts)
 
 
 def train_tokenizer(
-    root: str, records: Sequence[Record], options: Options, workers: Workers | int
+    root: str,
+    found: Scan,
+    training: Sequence[Record],
+    options: Options,
+    workers: Workers | int,
 ) -> str:
-    """The `tokenizer.json` that `options` ask for, trained on the code of `records`."""
+    """The `tokenizer.json` that `options` ask for, trained on the code of `training` alone, which
+    are some of the records `found`."""
+    if options.tokenizer == tokens.BPE:
+        assert options.vocab_size is not None
+        chunks = _code_chunks(root, training)
+        with closing(engines.run(_read_codes, chunks, workers, _first_name)) as results:
+            texts = (text for _, texts in results for text in texts)
+            return tokens.train_bpe_tokenizer(texts, options.min_frequency, options.vocab_size)
+    # Everything was counted at the scan: what is read again are the few others.
+    trained = set(map(id, training))
+    others = [record for record in found.records if id(record) not in trained]
+    is_char = options.tokenizer == tokens.CHAR
+    counts = found.counts.copy()
+    count = _count_characters if is_char else _count_words
+    for _, counted in engines.run(count, _code_chunks(root, others), workers, _first_name):
+        counts.subtract(counted)
+    train = tokens.train_char_tokenizer if is_char else tokens.train_word_tokenizer
+    return train(counts, options.min_frequency, options.vocab_size)
+
+
+def _code_chunks(root: str, records: Sequence[Record]) -> list[tuple[str, list[FileRead]]]:
     pairs = [one.pair for one in records if one.pair.code is not None]
     # Files of a block together and in their order, as they are quickest to read.
     pairs.sort(key=lambda pair: (pair.block or 0, pair.code_place or ()))
     files = [FileRead(str(pair.code), place=pair.code_place) for pair in pairs]
-    pieces = _pieces([pair.block for pair in pairs])
-    chunks = [(root, files[start:stop]) for start, stop in pieces]
-    if options.tokenizer == tokens.BPE:
-        assert options.vocab_size is not None
-        with closing(engines.run(_read_codes, chunks, workers, _first_name)) as results:
-            texts = (text for _, texts in results for text in texts)
-            return tokens.train_bpe_tokenizer(texts, options.min_frequency, options.vocab_size)
-    is_char = options.tokenizer == tokens.CHAR
-    counts: collections.Counter[str] = collections.Counter()
-    count = _count_characters if is_char else _count_words
-    for _, found in engines.run(count, chunks, workers, _first_name):
-        counts.update(found)
-    train = tokens.train_char_tokenizer if is_char else tokens.train_word_tokenizer
-    return train(counts, options.min_frequency, options.vocab_size)
+    return [(root, files[start:stop]) for start, stop in _pieces([pair.block for pair in pairs])]
 
 
 def _pieces(blocks: Sequence[int | None]) -> Iterator[tuple[int, int]]:
@@ -495,6 +521,8 @@ class _Chunk:
     pairs: Sequence[RawPair]
     start: int
     channels: int
+    tokenizer: str | None
+    """What is counted is its: see `Options`."""
     poison: frozenset[str] = frozenset()
 
 
@@ -504,8 +532,9 @@ def _without(chunk: _Chunk, image: str) -> _Chunk | None:
     return dataclasses.replace(chunk, poison=chunk.poison | {image})
 
 
-def _scan_chunk(chunk: _Chunk) -> list[Record | Skip]:
+def _scan_chunk(chunk: _Chunk) -> tuple[list[Record | Skip], collections.Counter[str]]:
     found: list[Record | Skip] = []
+    counts: collections.Counter[str] = collections.Counter()
     with sources.reading(chunk.root, _files(chunk.pairs)) as read:
         for pair in chunk.pairs:
             if pair.image in chunk.poison:
@@ -513,8 +542,8 @@ def _scan_chunk(chunk: _Chunk) -> list[Record | Skip]:
                 continue
             engines.note(pair.image)
             with images.memory_explained(f"{chunk.root}/{pair.image}"):
-                found.append(_scan_pair(read, pair, chunk.channels))
-    return found
+                found.append(_scan_pair(read, pair, chunk, counts))
+    return found, counts
 
 
 def _cost(found: Sequence[Record | Skip]) -> tuple[int, int]:
@@ -537,10 +566,12 @@ def _code_file(pair: RawPair) -> FileRead:
     return FileRead(str(pair.code), pair.code_bytes, MAX_CODE_BYTES, pair.code_place)
 
 
-def _scan_pair(read: Reader, pair: RawPair, channels: int) -> Record | Skip:
+def _scan_pair(
+    read: Reader, pair: RawPair, chunk: _Chunk, counts: collections.Counter[str]
+) -> Record | Skip:
     try:
         data = read(_image_file(pair))
-        width, height = images.read_size(data, channels=channels)
+        width, height = images.read_size(data, channels=chunk.channels)
     except TooLargeError:
         return Skip("too_large", pair.image)
     except NoCellError:
@@ -551,12 +582,13 @@ def _scan_pair(read: Reader, pair: RawPair, channels: int) -> Record | Skip:
         return Skip("unreadable", pair.image)
     except images.ImageRefused as refused:
         return Skip(refused.cause, pair.image)
-    record = Record(pair, hashlib.sha256(data).hexdigest(), len(data), width, height)
+    image = pair, hashlib.sha256(data).hexdigest(), len(data), width, height
     if pair.code is None:
-        return record
+        return Record(*image)
     try:
         code = read(_code_file(pair))
-        found = tokens.words(read_code(code))
+        text = read_code(code)
+        found = tokens.words(text)
     except TooLargeError:
         return Skip("code_too_large", pair.code)
     except NoCellError:
@@ -567,12 +599,10 @@ def _scan_pair(read: Reader, pair: RawPair, channels: int) -> Record | Skip:
         return Skip("code_not_utf8", pair.code)
     if not found:
         return Skip("code_empty", pair.code)
-    return dataclasses.replace(
-        record,
-        code_sha256=hashlib.sha256(code).hexdigest(),
-        code_bytes=len(code),
-        code_hash=hashlib.sha256("\0".join(found).encode()).hexdigest(),
-    )
+    if chunk.tokenizer in (tokens.WORD, tokens.CHAR):
+        counts.update(found if chunk.tokenizer == tokens.WORD else text)
+    code_hash = hashlib.sha256("\0".join(found).encode()).hexdigest()
+    return Record(*image, hashlib.sha256(code).hexdigest(), len(code), code_hash)
 
 
 def read_code(data: bytes) -> str:

@@ -275,29 +275,49 @@ def publish(scratch: Path, destination: str) -> None:
     Raises `UserError`; what was at `destination` is then as it was, or replaced as a whole. May be
     called from any thread.
     """
-    if is_remote(destination):
-        with explained(str(scratch)):
-            remote.put(scratch, destination)
-            scratch.unlink()
-        return
-    target = local_path(destination)
-    with explained(destination):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sync(scratch)
+    publish_all([(scratch, destination)])
+
+
+def publish_all(files: Sequence[tuple[Path, str]]) -> None:
+    """As `publish`, of several files one after the other. Raises for the first that fails.
+
+    On disk they are forced there together: after a power cut, any of them may be missing as long
+    as this has not returned.
+    """
+    folders = []
+    for scratch, destination in files:
+        if not is_remote(destination):
+            target = local_path(destination)
+            with explained(destination):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                sync(scratch)
+            folders.append(target.parent)
+    for scratch, destination in files:
+        if is_remote(destination):
+            with explained(str(scratch)):
+                remote.put(scratch, destination)
+                scratch.unlink()
+        else:
+            with explained(destination):
+                _move(scratch, local_path(destination))
+    for folder in dict.fromkeys(folders):
+        sync(folder)
+
+
+def _move(scratch: Path, target: Path) -> None:
+    try:
+        scratch.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        temporary = target.with_name(f".{target.name}.{os.getpid()}{SCRATCH_NAME}")
         try:
-            scratch.replace(target)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            temporary = target.with_name(f".{target.name}.{os.getpid()}{SCRATCH_NAME}")
-            try:
-                shutil.copyfile(scratch, temporary)
-                sync(temporary)
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
-            scratch.unlink()
-        sync(target.parent)
+            shutil.copyfile(scratch, temporary)
+            sync(temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        scratch.unlink()
 
 
 def publish_text(text: str, destination: str, scratch: Path | None = None) -> None:

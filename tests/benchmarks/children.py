@@ -66,11 +66,18 @@ def in_turn(names: Iterable[str], turn: int) -> list[str]:
 def summary(
     who: str, unit: str, speeds: Mapping[tuple[str, int], Sequence[float]], peers: Sequence[str]
 ) -> dict[str, Any]:
-    """The ratios of the medians, and a row for each name and number of workers in `speeds`."""
-    median = {at: statistics.median(found) for at, found in speeds.items()}
+    """Medians of the ratios, and a row for each name and number of workers in `speeds`.
+
+    A ratio is of two figures of one round: the machine's own pace differs more between rounds.
+    """
+
+    def ratio(name: str, number: int) -> float:
+        pairs = zip(speeds[OURS, number], speeds[name, number], strict=True)
+        return statistics.median(ours / other for ours, other in pairs)
+
     workers = sorted({number for _, number in speeds})
-    over = {n: min((median[OURS, n] / median[p, n] for p in peers), default=None) for n in workers}
-    of = {n: median[OURS, n] / median[CEILING, n] for n in workers}
+    over = {n: min((ratio(peer, n) for peer in peers), default=None) for n in workers}
+    of = {n: ratio(CEILING, n) for n in workers}
     return {
         "over_fastest_peer": round(min(over.values()), 3) if peers else None,
         "of_ceiling": round(min(of.values()), 3),
@@ -80,7 +87,7 @@ def summary(
             {
                 who: name,
                 "workers": number,
-                unit: round(median[name, number], 1),
+                unit: round(statistics.median(found), 1),
                 "lowest": round(min(found), 1),
                 "highest": round(max(found), 1),
             }

@@ -7,7 +7,7 @@ Data sets are `jpeg` (photograph-like, 500x375, about 50 kB, as in ImageNet), `p
 1200x690) and, on demand, `jpeg_1024` (1024x768, about 200 kB, as in Open Images); every loader
 makes shuffled float32 batches of 32, 224x224, normalised, of the same files. The rows of one round
 run one after the other, each loader in a process of its own that waits meanwhile; a figure is the
-median over `--rounds`, in images a second.
+median over `--rounds`, in images a second, a ratio that of the rounds' own ratios.
 
 `over_fastest_peer` is ours divided by the fastest other loader, at the number of workers where
 this is lowest. `of_ceiling` is ours divided by the ceiling, at its lowest too: the ceiling is the

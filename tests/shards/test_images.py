@@ -201,6 +201,39 @@ def test_exif_orientation_is_applied_once(orientation: int) -> None:
     assert (images.decode(packed.data, 3) == expected[orientation]).all()
 
 
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("1", {}), ("L", {}), ("L", {"transparency": 9}), ("LA", {}), ("P", {}),
+        ("P", {"transparency": 3}), ("P", {"transparency": b"\1\2"}), ("P", {"bits": 4}),
+        ("RGB", {}), ("RGB", {"transparency": (1, 2, 3)}), ("RGBA", {}), ("I;16", {}),
+    ],
+)  # fmt: skip
+def test_the_size_of_a_png_is_the_one_that_pillow_reads(
+    mode: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every kind, whole and with any byte wrong: who asks Pillow or not, all say the same."""
+    image = Image.new("I;16", (9, 7)) if mode == "I;16" else noise((9, 7)).convert(mode)
+    data = encoded(image, **options)
+
+    def outcomes() -> list[tuple[int, int] | str]:
+        found: list[tuple[int, int] | str] = []
+        for at in range(-1, len(data)):
+            wrong = bytearray(data)
+            if at >= 0:
+                wrong[at] ^= 0x11
+            try:
+                found.append(images.read_size(bytes(wrong)))
+            except images.ImageRefused as refused:
+                found.append(refused.cause)
+        return found
+
+    quick = outcomes()
+    assert quick[0] == (9, 7)
+    monkeypatch.setattr(images, "plain_size", lambda data: None)
+    assert outcomes() == quick
+
+
 @pytest.mark.parametrize("place", ["IDAT", "IEND"])
 def test_an_orientation_after_the_pixels_is_nobodys(place: str) -> None:
     exif = Image.Exif()

@@ -638,6 +638,34 @@ def test_the_vocabulary_is_that_of_the_training_split(
         assert (3 in ids) == (not known)
 
 
+def test_the_vocabulary_has_no_word_of_samples_left_out(
+    make_pairs: MakePairs, tmp_path: Path
+) -> None:
+    raw, out = make_pairs(6), tmp_path / "out"
+    paths = sorted(raw.rglob("*.png"))
+    for number, path in enumerate(paths):
+        new = raw / ("test" if number < 2 else "train") / path.name
+        new.parent.mkdir(exist_ok=True)
+        path.rename(new)
+        new.with_suffix(".gui").write_text(f"common word-{number} {'rare' if number < 4 else ''}")
+        path.with_suffix(".gui").unlink()
+    # The image of a test sample: dropped from the training split, with its words.
+    twin = raw / "train" / "twin.png"
+    twin.write_bytes((raw / "test" / paths[0].name).read_bytes())
+    twin.with_suffix(".gui").write_text("common dropped rare")
+    assert run(raw, out, "--split", "folders", "--min-frequency", 2) == 0
+    assert storage.load_manifest(str(out)).skips == {"duplicate_across_splits": 1}
+    tokenizer = tokens.load_tokenizer((out / "tokenizer.json").read_text(), "here")
+    assert [tokenizer.id_to_token(at) for at in range(4, tokenizer.get_vocab_size())] == [
+        "common", "rare",
+    ]  # fmt: skip
+    assert run(raw, out, "--split", "folders", "--overwrite") == 0
+    tokenizer = tokens.load_tokenizer((out / "tokenizer.json").read_text(), "here")
+    assert set(tokenizer.get_vocab()) - {"common", "rare"} == {
+        *tokens.SPECIAL_TOKENS, "word-2", "word-3", "word-4", "word-5",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("options", [("char",), ("bpe", "--vocab-size", 300)])
 def test_tokens_that_keep_the_code_as_it_was(
     make_pairs: MakePairs, tmp_path: Path, hash_tree: HashTree, options: tuple[object, ...]
