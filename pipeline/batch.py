@@ -24,6 +24,9 @@ from pipeline.order import sample_hash
 from shards import images, tokens
 from shards.format import PAD, TOKENS_EXTENSION, code_extension, image_extension
 
+_CACHED_VALUES = 2**19
+"""float32, 2 MB: what a processor's cache holds."""
+
 
 class SampleError(Exception):
     """A sample's bytes are not what its shard's receipt says; the message names shard and key."""
@@ -84,21 +87,27 @@ class Batch:
         divided by the standard deviation. The uint8 images are moved, and converted there.
         """
         image_BCHW = self.image_BCHW.to(device or self.image_BCHW.device, non_blocking=True)
-        float_BCHW = image_BCHW.to(torch.float32, memory_format=torch.channels_last)
         if mean is None and std is None:
-            return float_BCHW.div_(255)
-        _, channels, height, width = float_BCHW.shape
+            return image_BCHW.to(torch.float32, memory_format=torch.channels_last).div_(255)
+        image_BHWC = image_BCHW.permute(0, 2, 3, 1)
+        batch, height, width, channels = image_BHWC.shape
         # Of the whole image's size, not a value a channel: channels are last in memory, and along
         # three values nothing is vectorised. Four times faster on a CPU.
         scale_C = torch.tensor([1.0] * channels if std is None else std).mul(255).reciprocal()
         shift_C = torch.tensor([0.0] * channels if mean is None else mean).mul(-255).mul(scale_C)
         scale_HWC, shift_HWC = (
-            one.to(float_BCHW.device).expand(height, width, channels).contiguous()
+            one.to(image_BHWC.device).expand(height, width, channels).contiguous()
             for one in (scale_C, shift_C)
         )
-        float_BHWC = float_BCHW.permute(0, 2, 3, 1)
-        torch.addcmul(shift_HWC, float_BHWC, scale_HWC, out=float_BHWC)
-        return float_BCHW
+        float_BHWC = torch.empty(image_BHWC.shape, dtype=torch.float32, device=image_BHWC.device)
+        # A few at a time on a CPU: what was converted is still in its cache when it is scaled.
+        on_cpu = image_BHWC.device.type == "cpu"
+        few = max(1, _CACHED_VALUES // scale_HWC.numel()) if on_cpu else batch
+        for first in range(0, batch, few):
+            floats_BHWC = float_BHWC[first : first + few]
+            floats_BHWC.copy_(image_BHWC[first : first + few])
+            torch.addcmul(shift_HWC, floats_BHWC, scale_HWC, out=floats_BHWC)
+        return float_BHWC.permute(0, 3, 1, 2)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         # From a worker, a tensor travels as a descriptor of shared memory, which costs more than

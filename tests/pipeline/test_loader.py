@@ -246,7 +246,9 @@ def test_a_damaged_sample_is_warned_of_once(screens: Path, tmp_path: Path) -> No
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def test_images_are_floats_normalised_channels_last(screens: Path) -> None:
+def test_images_are_floats_normalised_channels_last(
+    screens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch: Batch = next(iter(loader_of(screens)))
     plain, normal = batch.images(), batch.images("cpu", mean=MEAN, std=STD)
     assert torch.equal(plain, batch.image_BCHW.float() / 255)
@@ -256,6 +258,8 @@ def test_images_are_floats_normalised_channels_last(screens: Path) -> None:
     assert (normal - exact).abs().max() < 2e-6
     for one in (plain, normal):
         assert one.is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr("pipeline.batch._CACHED_VALUES", 1)
+    assert torch.equal(batch.images("cpu", mean=MEAN, std=STD), normal)
 
 
 RANK = """
