@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field, replace
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
@@ -47,6 +48,9 @@ TUNABLES = (
 )
 """Of workers, for glibc: memory that was freed is kept for the next image, in huge pages; to get it
 anew, page by page, takes a fifth of the time of packing screenshots."""
+PRELOADED = ("shards.foreign", "shards.layouts", "shards.plan")
+"""What workers import, once, in the process that they are forks of; but for modules that may be the
+main one, of which Python would warn."""
 
 _on_note: Callable[[str], None] | None = None
 
@@ -84,6 +88,8 @@ def kept(workers: Workers) -> Iterator[Workers]:
     with contextlib.ExitStack() as stack:
         crew = Crew()
         stack.callback(_dismiss, crew.idle)
+        if workers.engine == "local" and workers.count:
+            _start_server()
         stack.enter_context(crew.stack)
         yield replace(workers, crew=crew)
 
@@ -416,12 +422,21 @@ class _Worker:
 
     @classmethod
     def start(cls, limits: Workers) -> "_Worker":
-        # Spawned, not forked: a fork copies locks that other threads hold.
-        context = multiprocessing.get_context("spawn")
+        _start_server()
+        try:
+            return cls._start("forkserver", limits)
+        except OSError:
+            # There is no server: the path of its socket, in TMPDIR, may be too long for one.
+            return cls._start("spawn", limits)
+
+    @classmethod
+    def _start(cls, method: str, limits: Workers) -> "_Worker":
+        # No forks of this process: they would copy locks that other threads hold.
+        context: Any = multiprocessing.get_context(method)
         ours, theirs = context.Pipe()
-        limits = replace(limits, crew=None)
         shared = context.RawArray("c", NOTE_BYTES)
-        process = context.Process(target=_serve, args=(theirs, shared, limits), daemon=True)
+        given = theirs, shared, replace(limits, crew=None), dict(os.environ)
+        process = context.Process(target=_serve, args=given, daemon=True)
         with _tuned():
             process.start()
         theirs.close()
@@ -453,9 +468,13 @@ def _dismiss(idle: "list[_Worker]") -> None:
         worker.end()
 
 
-def _serve(connection: Connection, shared: Any, limits: Workers) -> None:
+def _serve(
+    connection: Connection, shared: Any, limits: Workers, environment: dict[str, str]
+) -> None:
     """A worker's whole life: one task after another until the pipe ends."""
     global _on_note
+    os.environ.clear()  # It is that of the server's start.
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends us.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if limits.memory_bytes is not None:
@@ -496,19 +515,31 @@ def _set_alarm(seconds: float | None) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds or 0)
 
 
+def _start_server() -> None:
+    """Starts the process that workers are forks of, if there is none: it is ready when they are
+    needed. It ends with this one."""
+    forkserver.set_forkserver_preload(list(PRELOADED))
+    with _tuned(), contextlib.suppress(OSError):
+        forkserver.ensure_running()
+
+
 @contextlib.contextmanager
 def _tuned() -> Iterator[None]:
-    """Processes that are started within the block have `TUNABLES`; the user's own come after them,
-    and so prevail."""
-    name = "GLIBC_TUNABLES"
-    before = os.environ.get(name)
-    os.environ[name] = f"{TUNABLES}:{before}" if before else TUNABLES
+    """Processes that are started within the block have `TUNABLES`, the user's own come after them,
+    and so prevail; and import nothing from the folder they are started in."""
+    ours = {"GLIBC_TUNABLES": TUNABLES, "PYTHONSAFEPATH": "1"}
+    before = {name: os.environ.get(name) for name in ours}
+    if before["GLIBC_TUNABLES"]:
+        ours["GLIBC_TUNABLES"] += ":" + before["GLIBC_TUNABLES"]
+    os.environ.update(ours)
     try:
         yield
     finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _limit_memory(num_bytes: int) -> None:

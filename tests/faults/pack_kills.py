@@ -377,12 +377,10 @@ def receipts(out: Path) -> dict[str, int]:
 
 
 def workers_of(pid: int) -> list[int]:
+    """They are children of the one process that forks them."""
     with contextlib.suppress(psutil.Error):
-        return [
-            child.pid
-            for child in psutil.Process(pid).children()
-            if any("spawn_main" in word for word in child.cmdline())
-        ]
+        servers = psutil.Process(pid).children()
+        return [child.pid for server in servers for child in server.children()]
     return []
 
 

@@ -25,6 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Workers import a task's module by name; this file, which pytest imports from its path, has none.
 TASKS = """
 import os, signal, sys, time
+import psutil
 from pathlib import Path
 from shards import engines
 from shards.storage import UserError
@@ -79,6 +80,18 @@ class Unpicklable(Exception):
 
 def fail_unpicklably(task):
     raise Unpicklable(1, 2)
+
+def report_environment(name):
+    return os.environ.get(name)
+
+def kill_server(task):
+    parent = psutil.Process().parent()
+    if "forkserver" not in " ".join(parent.cmdline()):
+        return "no server"
+    parent.kill()
+    while os.getppid() == parent.pid:
+        time.sleep(0.01)
+    return task
 
 def report_and_wait(folder):
     (Path(folder) / f"{os.getpid()}.pid").touch()
@@ -325,14 +338,55 @@ def test_workers_end_with_their_killed_driver(tasks, tmp_path: Path) -> None:  #
     _wait_until(lambda: not any(map(_runs, workers)))
 
 
+def test_workers_have_the_environment_of_their_start(  # type: ignore[no-untyped-def]
+    tasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "PIXLOOM_TEST_OF_ENGINES"
+    for value in ("first", "second", None):
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            monkeypatch.setenv(name, value)
+        assert list(engines.run(tasks.report_environment, [name], 1)) == [(name, value)]
+
+
+def test_work_goes_on_without_the_process_that_workers_are_forks_of(tasks) -> None:  # type: ignore[no-untyped-def]
+    for _ in range(2):
+        assert dict(engines.run(tasks.kill_server, [1, 2], 1)) == {1: 1, 2: "no server"}
+    assert list(engines.run(tasks.square, [3], 1)) == [(3, 9)]
+
+
+def test_workers_start_where_paths_are_too_long_for_sockets(tasks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    script = (
+        f"from shards import engines; from {tasks.__name__} import square\n"
+        "if __name__ == '__main__':\n"
+        "    assert list(engines.run(square, [3], 1)) == [(3, 9)]\n"
+    )
+    (tmp_path / "driver.py").write_text(script)
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    paths = os.pathsep.join([str(tmp_path / "modules"), str(REPOSITORY)])
+    environment = {**os.environ, "PYTHONPATH": paths, "TMPDIR": str(long)}
+    words = [sys.executable, "-W", "error", str(tmp_path / "driver.py")]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not list(long.iterdir())
+
+
 def _paths(folder: Path) -> list[str]:
     return [str(folder / f"touched{at}") for at in range(20)]
 
 
 def _descendants() -> set[psutil.Process]:
-    """But for Python's own process that counts semaphores: it ends with us."""
-    found = psutil.Process().children(recursive=True)
-    return {one for one in found if "resource_tracker" not in " ".join(one.cmdline())}
+    """But for two processes of Python's own that end with us: the one that counts semaphores, and
+    the one that workers are forks of, and so children of."""
+    ours = psutil.Process()
+    helpers = {
+        one
+        for one in ours.children()
+        if {"resource_tracker", "forkserver"} & set(re.findall(r"\w+", " ".join(one.cmdline())))
+    }
+    return set(ours.children(recursive=True)) - helpers
 
 
 def _runs(pid: int) -> bool:
