@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -22,7 +23,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field, replace
-from multiprocessing import forkserver
+from multiprocessing import forkserver, util
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
@@ -557,6 +558,8 @@ def _end_with_parent() -> None:
     parent = parent_process()
     if parent is not None:
         wait([parent.sentinel])
+        # Where the socket of our own parent lies: who is killed leaves it behind.
+        shutil.rmtree(util.get_temp_dir(), ignore_errors=True)
         os._exit(1)
 
 

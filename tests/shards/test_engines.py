@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -328,14 +329,17 @@ def test_workers_end_with_their_killed_driver(tasks, tmp_path: Path) -> None:  #
     )
     (tmp_path / "driver.py").write_text(script)
     paths = os.pathsep.join([str(tmp_path / "modules"), str(Path(__file__).parents[2])])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    driver = subprocess.Popen([sys.executable, str(tmp_path / "driver.py")], env=environment)
-    _wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
-    workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
-    assert all(map(_runs, workers))
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    _wait_until(lambda: not any(map(_runs, workers)))
+    with tempfile.TemporaryDirectory() as temporary:  # a short name, for sockets
+        environment = {**os.environ, "PYTHONPATH": paths, "TMPDIR": temporary}
+        driver = subprocess.Popen([sys.executable, str(tmp_path / "driver.py")], env=environment)
+        _wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+        workers = [int(path.stem) for path in tmp_path.glob("*.pid")]
+        assert all(map(_runs, workers))
+        assert list(Path(temporary).iterdir())
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        _wait_until(lambda: not any(map(_runs, workers)))
+        assert not list(Path(temporary).iterdir())
 
 
 def test_workers_have_the_environment_of_their_start(  # type: ignore[no-untyped-def]
