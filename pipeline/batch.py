@@ -8,7 +8,9 @@ Legend of shape suffixes: B batch, C channels, H height, W width, T tokens (with
 """
 
 import dataclasses
+import functools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,8 @@ from shards.format import PAD, TOKENS_EXTENSION, code_extension, image_extension
 
 _CACHED_VALUES = 2**19
 """float32, 2 MB: what a processor's cache holds."""
+_MAX_FREE = 2
+"""Batches of float32 whose memory is kept: one is used while the next one is made."""
 
 
 class SampleError(Exception):
@@ -87,26 +91,30 @@ class Batch:
         divided by the standard deviation. The uint8 images are moved, and converted there.
         """
         image_BCHW = self.image_BCHW.to(device or self.image_BCHW.device, non_blocking=True)
-        if mean is None and std is None:
-            return image_BCHW.to(torch.float32, memory_format=torch.channels_last).div_(255)
         image_BHWC = image_BCHW.permute(0, 2, 3, 1)
         batch, height, width, channels = image_BHWC.shape
-        # Of the whole image's size, not a value a channel: channels are last in memory, and along
-        # three values nothing is vectorised. Four times faster on a CPU.
-        scale_C = torch.tensor([1.0] * channels if std is None else std).mul(255).reciprocal()
-        shift_C = torch.tensor([0.0] * channels if mean is None else mean).mul(-255).mul(scale_C)
-        scale_HWC, shift_HWC = (
-            one.to(image_BHWC.device).expand(height, width, channels).contiguous()
-            for one in (scale_C, shift_C)
-        )
-        float_BHWC = torch.empty(image_BHWC.shape, dtype=torch.float32, device=image_BHWC.device)
+        scale_HWC = shift_HWC = None
+        if mean is not None or std is not None:
+            mean, std = (0.0,) if mean is None else mean, (1.0,) if std is None else std
+            size = (height, width, channels)
+            scale_HWC, shift_HWC = _scale_and_shift(
+                tuple(mean), tuple(std), size, image_BHWC.device
+            )
         # A few at a time on a CPU: what was converted is still in its cache when it is scaled.
-        on_cpu = image_BHWC.device.type == "cpu"
-        few = max(1, _CACHED_VALUES // scale_HWC.numel()) if on_cpu else batch
+        if image_BHWC.device.type == "cpu":
+            float_BHWC = _floats.take(image_BHWC.shape)
+            few = max(1, _CACHED_VALUES // (height * width * channels))
+        else:
+            shape, device = image_BHWC.shape, image_BHWC.device
+            float_BHWC = torch.empty(shape, dtype=torch.float32, device=device)
+            few = batch
         for first in range(0, batch, few):
             floats_BHWC = float_BHWC[first : first + few]
             floats_BHWC.copy_(image_BHWC[first : first + few])
-            torch.addcmul(shift_HWC, floats_BHWC, scale_HWC, out=floats_BHWC)
+            if scale_HWC is None or shift_HWC is None:
+                floats_BHWC.div_(255)
+            else:
+                torch.addcmul(shift_HWC, floats_BHWC, scale_HWC, out=floats_BHWC)
         return float_BHWC.permute(0, 3, 1, 2)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
@@ -219,6 +227,57 @@ def read_tokens(sample: RawSample, tokenizer: tokens.TokenizerFile | None = None
         return torch.tensor(tokenizer.encode(text), dtype=torch.int64)
     ids = tokens.from_npy(bytes(sample.members[TOKENS_EXTENSION]), sample.where)
     return torch.from_numpy(ids.astype(np.int64))
+
+
+@functools.lru_cache(maxsize=4)
+def _scale_and_shift(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    size: tuple[int, int, int],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """What uint8 values are multiplied by, and what is then added: float32 (H, W, C).
+
+    Of the whole image's size, not a value a channel: channels are last in memory, and along three
+    values nothing is vectorised. Four times faster on a CPU.
+    """
+    scale_C = torch.tensor(std).mul(255).reciprocal()
+    shift_C = torch.tensor(mean).mul(-255).mul(scale_C)
+    return (
+        scale_C.to(device).expand(size).contiguous(),
+        shift_C.to(device).expand(size).contiguous(),
+    )
+
+
+class _Floats:
+    """Memory of batches on the CPU that nobody looks into any more, for the next ones. Fresh memory
+    costs a page fault for every 4 KiB, together more than what is written there."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[NDArray[np.float32]]] = {}
+        """By size; of the one that was asked for last."""
+
+    def take(self, shape: Sequence[int]) -> Tensor:
+        """float32 of `shape`, not initialised. Its memory comes back when all views are gone."""
+        size = math.prod(shape)
+        if size not in self._free:
+            self._free = {size: []}
+        try:
+            array = self._free[size].pop()
+        except (IndexError, KeyError):  # another thread may have come first
+            array = np.empty(size, np.float32)
+        # A tensor made from an array holds on to it until nothing looks into its storage.
+        lent = array[:]
+        weakref.finalize(lent, self._give_back, array).atexit = False
+        return torch.from_numpy(lent).view(*shape)
+
+    def _give_back(self, array: NDArray[np.float32]) -> None:
+        free = self._free.get(array.size)
+        if free is not None and len(free) < _MAX_FREE:
+            free.append(array)
+
+
+_floats = _Floats()
 
 
 def new_shared(size: int) -> Tensor:

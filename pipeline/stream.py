@@ -6,6 +6,8 @@ mean is `pipeline.batch`'s business.
 """
 
 import atexit
+import contextlib
+import ctypes
 import functools
 import itertools
 import math
@@ -47,6 +49,8 @@ _shown = functools.cache(redact)
 _MAX_FILES = 256
 # Batches that are asked of each worker ahead of need.
 _PREFETCH = 2
+# glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes.
+_MALLOC_OPTIONS = {-3: 32 * 2**20, -1: 64 * 2**20}
 
 
 class SampleReader:
@@ -381,7 +385,7 @@ def make_loader(
         prefetch_factor=_PREFETCH if workers else None,
         pin_memory=pin,
         collate_fn=_as_is,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_prepare_worker,
         # Given so that iterating never draws from the global random state, which would make
         # dropout depend on when a loader was started.
         generator=torch.Generator(),
@@ -466,13 +470,17 @@ def _kill_at_exit(workers: Iterable[BaseProcess]) -> None:
         worker.kill()
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """SIGTERM to a whole job must reach the step's end: the parent stops, and its workers with it.
-
-    Otherwise a worker dies of the signal, and the run with it, before anything is saved.
-    """
+def _prepare_worker(worker: int) -> None:
+    """What each worker does first."""
+    # SIGTERM to a whole job must reach the step's end: the parent stops, and its workers with it.
+    # Else a worker dies of the signal, and the run with it, before anything is saved.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # Memory that an image leaves is kept for the next one, where the C library is glibc: else it
+    # goes back to the system, and each of its pages must be asked for again.
+    with contextlib.suppress(AttributeError, OSError):
+        for option, value in _MALLOC_OPTIONS.items():
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def grouped(loader: Iterable[Batch], size: int) -> Generator[tuple[list[Batch], float]]:

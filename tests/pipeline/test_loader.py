@@ -260,6 +260,24 @@ def test_images_are_floats_normalised_channels_last(
         assert one.is_contiguous(memory_format=torch.channels_last)
     monkeypatch.setattr("pipeline.batch._CACHED_VALUES", 1)
     assert torch.equal(batch.images("cpu", mean=MEAN, std=STD), normal)
+    assert torch.equal(batch.images(), plain)
+    centred = normal * torch.tensor(STD)[:, None, None]
+    torch.testing.assert_close(batch.images(mean=MEAN), centred, atol=2e-6, rtol=0)
+
+
+def test_the_memory_of_images_is_used_again_when_nobody_looks_into_it(screens: Path) -> None:
+    batch: Batch = next(iter(loader_of(screens)))
+    images = batch.images()
+    first, at = images.clone(), images.data_ptr()
+    rest = images[0, :, 1:].numpy()
+    del images
+    others = [batch.images(mean=MEAN, std=STD) for _ in range(3)]
+    assert at not in [one.data_ptr() for one in others]
+    assert (torch.from_numpy(rest) == first[0, :, 1:]).all()
+    del rest
+    again = batch.images()
+    assert again.data_ptr() == at
+    assert torch.equal(again, first)
 
 
 RANK = """
