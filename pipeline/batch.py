@@ -249,6 +249,14 @@ def _scale_and_shift(
     )
 
 
+def lend(array: NDArray[Any], give_back: Callable[[], None]) -> Tensor:
+    """A tensor of the array's memory; `give_back` is called when all views of it are gone."""
+    # A tensor made from an array holds on to it until nothing looks into its storage.
+    lent = array[:]
+    weakref.finalize(lent, give_back).atexit = False
+    return torch.from_numpy(lent)
+
+
 class _Floats:
     """Memory of batches on the CPU that nobody looks into any more, for the next ones. Fresh memory
     costs a page fault for every 4 KiB, together more than what is written there."""
@@ -266,10 +274,7 @@ class _Floats:
             array = self._free[size].pop()
         except (IndexError, KeyError):  # another thread may have come first
             array = np.empty(size, np.float32)
-        # A tensor made from an array holds on to it until nothing looks into its storage.
-        lent = array[:]
-        weakref.finalize(lent, self._give_back, array).atexit = False
-        return torch.from_numpy(lent).view(*shape)
+        return lend(array, functools.partial(self._give_back, array)).view(*shape)
 
     def _give_back(self, array: NDArray[np.float32]) -> None:
         free = self._free.get(array.size)

@@ -6,16 +6,16 @@ looks into one is gone. All accounts are the parent's: it picks a slot before it
 a batch, so processes have nothing to agree on.
 """
 
+import functools
 import itertools
 import math
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pipeline.batch import Batch, new_shared
+from pipeline.batch import Batch, lend, new_shared
 
 
 class Slots:
@@ -39,10 +39,8 @@ class Slots:
 
     def lend(self, slot: int, shape: tuple[int, ...]) -> Tensor:
         """uint8 of `shape`, what a worker left there. The slot is free when all views are gone."""
-        # A tensor made from an array holds on to it until nothing looks into its storage.
         array = self.memory(slot).numpy()[: math.prod(shape)]
-        weakref.finalize(array, self._free.append, slot).atexit = False
-        return torch.from_numpy(array).view(shape)
+        return lend(array, functools.partial(self._free.append, slot)).view(shape)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from shards import engines
 from shards.errors import UserError, redact
 
 CONNECT_S = 60
@@ -110,7 +111,7 @@ def ray(call: Callable[[Any], Any], num_workers: int, address: str | None) -> It
     if address is None:
         # It listens on all of this machine's addresses.
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": RAY_TOKEN}
-    with _explained("ray", "ray", address), _no_warnings(), _environment(environment):
+    with _explained("ray", "ray", address), _no_warnings(), engines.environment(environment):
         import ray as library
 
     def work(task: Any) -> Any:
@@ -120,7 +121,7 @@ def ray(call: Callable[[Any], Any], num_workers: int, address: str | None) -> It
     before, started = _descendants(), set[psutil.Process]()
     stack = contextlib.ExitStack()
     try:
-        with _explained("ray", "ray", address), _no_warnings(), _environment(environment):
+        with _explained("ray", "ray", address), _no_warnings(), engines.environment(environment):
             if address is None:
                 folder = tempfile.TemporaryDirectory(
                     # Paths of sockets below it must be short.
@@ -242,21 +243,6 @@ def _no_news_of_workers(ray_library: Any) -> Iterator[None]:
         yield
     finally:
         module._worker_logs_enabled = was
-
-
-@contextlib.contextmanager
-def _environment(added: Mapping[str, str]) -> Iterator[None]:
-    """Variables that processes started in the block have."""
-    before = {name: os.environ.get(name) for name in added}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _descendants() -> set[psutil.Process]:

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver, util
@@ -525,22 +525,26 @@ def _start_server() -> None:
 
 
 @contextlib.contextmanager
-def _tuned() -> Iterator[None]:
-    """Processes that are started within the block have `TUNABLES`, the user's own come after them,
-    and so prevail; and import nothing from the folder they are started in."""
-    ours = {"GLIBC_TUNABLES": TUNABLES, "PYTHONSAFEPATH": "1"}
-    before = {name: os.environ.get(name) for name in ours}
-    if before["GLIBC_TUNABLES"]:
-        ours["GLIBC_TUNABLES"] += ":" + before["GLIBC_TUNABLES"]
-    os.environ.update(ours)
+def environment(added: Mapping[str, str]) -> Iterator[None]:
+    """Variables that processes started in the block have."""
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
     try:
         yield
     finally:
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _tuned() -> contextlib.AbstractContextManager[None]:
+    """Processes that are started within the block have `TUNABLES`, the user's own come after them,
+    and so prevail; and import nothing from the folder they are started in."""
+    users = os.environ.get("GLIBC_TUNABLES")
+    tunables = f"{TUNABLES}:{users}" if users else TUNABLES
+    return environment({"GLIBC_TUNABLES": tunables, "PYTHONSAFEPATH": "1"})
 
 
 def _limit_memory(num_bytes: int) -> None:
