@@ -541,10 +541,11 @@ def environment(added: Mapping[str, str]) -> Iterator[None]:
 
 def _tuned() -> contextlib.AbstractContextManager[None]:
     """Processes that are started within the block have `TUNABLES`, the user's own come after them,
-    and so prevail; and import nothing from the folder they are started in."""
+    and so prevail; use one thread; and import nothing from the folder they are started in."""
     users = os.environ.get("GLIBC_TUNABLES")
     tunables = f"{TUNABLES}:{users}" if users else TUNABLES
-    return environment({"GLIBC_TUNABLES": tunables, "PYTHONSAFEPATH": "1"})
+    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return environment({"GLIBC_TUNABLES": tunables, "PYTHONSAFEPATH": "1", **one_thread})
 
 
 def _limit_memory(num_bytes: int) -> None:

@@ -36,7 +36,7 @@ from shards.sources import (
 )
 from shards.storage import UserError
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 PLAN_FORMAT = "pixloom plan"
 FOLDERS, COLUMN = "folders", "column"
 """Values of `Options.split`: the source says which split a sample is of."""
