@@ -541,11 +541,18 @@ def environment(added: Mapping[str, str]) -> Iterator[None]:
 
 def _tuned() -> contextlib.AbstractContextManager[None]:
     """Processes that are started within the block have `TUNABLES`, the user's own come after them,
-    and so prevail; use one thread; and import nothing from the folder they are started in."""
-    users = os.environ.get("GLIBC_TUNABLES")
-    tunables = f"{TUNABLES}:{users}" if users else TUNABLES
-    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return environment({"GLIBC_TUNABLES": tunables, "PYTHONSAFEPATH": "1", **one_thread})
+    and so prevail; use one thread; and import this very package, and nothing from the folder they
+    are started in."""
+    users, path = os.environ.get("GLIBC_TUNABLES"), os.environ.get("PYTHONPATH")
+    here = str(Path(__file__).absolute().parents[1])  # it may not be the one that is installed
+    added = {
+        "GLIBC_TUNABLES": f"{TUNABLES}:{users}" if users else TUNABLES,
+        "PYTHONPATH": f"{here}{os.pathsep}{path}" if path else here,
+        "PYTHONSAFEPATH": "1",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    return environment(added)
 
 
 def _limit_memory(num_bytes: int) -> None:

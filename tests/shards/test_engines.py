@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -352,6 +353,23 @@ def test_workers_have_the_environment_of_their_start(  # type: ignore[no-untyped
         else:
             monkeypatch.setenv(name, value)
         assert list(engines.run(tasks.report_environment, [name], 1)) == [(name, value)]
+
+
+def test_workers_run_the_code_that_their_driver_runs(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "shards", tmp_path / "shards")
+    # And nothing of the folder that they are started in.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "numpy.py").write_text("raise SystemExit('not this one')")
+    program = (
+        f"import pkgutil, sys; sys.path[0] = {str(tmp_path)!r}; from shards import engines;"
+        "found = engines.run(pkgutil.resolve_name, ['shards.plan:__file__'], 1);"
+        "print(*[path for _, path in found])"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program], cwd=elsewhere, check=True, capture_output=True, text=True
+    ).stdout
+    assert said == f"{tmp_path}/shards/plan.py\n"
 
 
 def test_work_goes_on_without_the_process_that_workers_are_forks_of(tasks) -> None:  # type: ignore[no-untyped-def]
