@@ -58,6 +58,8 @@ T = TypeVar("T")
 SHOWN_NAMES = 3
 BUNCH_SAMPLES, BUNCH_BYTES = 32, 4 * 2**20
 """The most that is read, or made, before it is passed on."""
+WRITTEN_BYTES = 4 * 2**20
+"""The most of a tar that waits in memory for a disk that has nothing to do."""
 _EMPTY_TAR_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
 DEFAULT_BPE_SIZE = 4096
 DEFAULT_SPLIT = "train=.8,val=.1,test=.1"
@@ -110,6 +112,7 @@ class TarWriter:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._sha256 = hashlib.sha256()
+        self._sent = 0
         self.num_bytes = 0
         self.spans: list[SampleSpan] = []
         self.crc32: list[int] = []
@@ -138,6 +141,10 @@ class TarWriter:
         self._file.write(data)
         self._sha256.update(data)
         self.num_bytes += len(data)
+        if self.num_bytes - self._sent >= WRITTEN_BYTES:
+            self._file.flush()
+            storage.start_writing(self._file, self._sent, self.num_bytes)
+            self._sent = self.num_bytes
 
 
 def _tar_header(name: str, num_bytes: int) -> bytes:
