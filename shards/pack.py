@@ -129,7 +129,7 @@ class TarWriter:
         span = SampleSpan(key, tuple(found))
         block = b"".join(parts)
         self.spans.append(span)
-        self.crc32.append(zlib.crc32(block[: span.size]))
+        self.crc32.append(zlib.crc32(memoryview(block)[: span.size]))
         self._write(block)
 
     def close(self) -> str:

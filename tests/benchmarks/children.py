@@ -57,10 +57,24 @@ class Child:
         self.process.wait()
 
 
-def in_turn(names: Iterable[str], turn: int) -> list[str]:
-    """Another one begins each time, so that none always follows the same one."""
-    order = list(names)
-    return order[turn % len(order) :] + order[: turn % len(order)]
+def one_round(
+    names: Iterable[str], turn: int, ask: Callable[[str], dict[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """The figures that `ask` finds for each name, with another order each `turn`.
+
+    Ours and the ceiling are asked twice, one right after the other and back again, and their means
+    taken: so what makes the machine slower or faster meanwhile is in both.
+    """
+    others = [name for name in names if name not in (OURS, CEILING)]
+    others = others[turn % max(1, len(others)) :] + others[: turn % max(1, len(others))]
+    pair = [OURS, CEILING, CEILING, OURS] if turn % 2 == 0 else [CEILING, OURS, OURS, CEILING]
+    found: dict[str, list[dict[str, float]]] = {}
+    for name in pair + others if turn % 2 == 0 else others + pair:
+        found.setdefault(name, []).append(ask(name))
+    return {
+        name: {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
+        for name, rows in found.items()
+    }
 
 
 def summary(
