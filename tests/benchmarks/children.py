@@ -27,9 +27,9 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 
 class Child:
-    """A process that measures on request, one thread in all libraries."""
+    """A process that measures on request, one thread in all libraries; `added` to its environment."""
 
-    def __init__(self, *words: str) -> None:
+    def __init__(self, *words: str, added: Mapping[str, str] | None = None) -> None:
         self.words = words
         one = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -38,7 +38,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **one, **offline},
+            env={**os.environ, **one, **offline, **(added or {})},
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:

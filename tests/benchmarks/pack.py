@@ -42,7 +42,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from children import CEILING, OURS, Child, one_round, serve, summary  # noqa: E402
 from pack_peers import PACKAGES, SIDE, images_in  # noqa: E402
 
-from shards import images, pack  # noqa: E402
+from shards import engines, images, pack  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
 POLICY = images.make_policy(
@@ -88,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for, in `folder`."""
     workers = [int(number) for number in arguments.workers.split(",")]
-    ours = Child(sys.executable, str(Path(__file__)), "--serve")
+    # The ceiling is to have what our workers have: without it, it may take twice the time.
+    tuned = {"GLIBC_TUNABLES": engines.TUNABLES}
+    ours = Child(sys.executable, str(Path(__file__)), "--serve", added=tuned)
     children = {OURS: ours, CEILING: ours}
     versions = {}
     for name in arguments.peers.split(",") if arguments.peers_python else []:
