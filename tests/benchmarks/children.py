@@ -27,7 +27,7 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 
 class Child:
-    """A process that measures on request, one thread in all libraries; `added` to its environment."""
+    """A process that measures on request, one thread in all libraries; with variables `added`."""
 
     def __init__(self, *words: str, added: Mapping[str, str] | None = None) -> None:
         self.words = words
