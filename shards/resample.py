@@ -20,6 +20,7 @@ Box = tuple[float, float, float, float]
 
 _UNIT = 2**15
 _LOBES = 3
+# How many times too large an image stays, at least, when it is averaged first.
 _GAP = 3
 # Pillow averages more pixels than 16 x 16 less exactly.
 _MAX_REDUCTION = 16
