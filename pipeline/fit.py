@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from shards import images
 from shards.arrays import backgrounds
+from shards.resample import inside
 
 FitKind = Literal["stretch", "crop", "pad"]
 
@@ -47,7 +48,7 @@ def decode_fitted(data: bytes, fit: Fit, out_HWC: NDArray[np.uint8]) -> None:
     """
     least = (fit.width, fit.height)
     if fit.kind == "pad" and data.startswith(b"\xff\xd8"):
-        least = _inside(images.read_size(data), fit)  # one side may be far shorter than the fit's
+        least = inside(images.read_size(data), least)  # one side may be far shorter than the fit's
     pixels = images.decode(data, out_HWC.shape[2], least=least, out=out_HWC)
     if pixels is out_HWC:
         return
@@ -59,20 +60,11 @@ def decode_fitted(data: bytes, fit: Fit, out_HWC: NDArray[np.uint8]) -> None:
         top, left = (height - kept_H) // 2, (width - kept_W) // 2
         pixels = pixels[top : top + kept_H, left : left + kept_W]
     elif fit.kind == "pad":
-        inner_W, inner_H = _inside((width, height), fit)
+        inner_W, inner_H = inside((width, height), (fit.width, fit.height))
         top, left = (fit.height - inner_H) // 2, (fit.width - inner_W) // 2
         out_HWC[...] = _paint(channels, fit.background)
         out_HWC = out_HWC[top : top + inner_H, left : left + inner_W]
     out_HWC[...] = _resized(pixels, (out_HWC.shape[0], out_HWC.shape[1]))
-
-
-def _inside(size: tuple[int, int], fit: Fit) -> tuple[int, int]:
-    """(width, height) of the largest image of this aspect ratio that the target can hold."""
-    scale = min(fit.width / size[0], fit.height / size[1])
-    return (
-        min(fit.width, max(1, round(size[0] * scale))),
-        min(fit.height, max(1, round(size[1] * scale))),
-    )
 
 
 def _resized(pixels_HWC: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -361,8 +361,7 @@ def _fit(image: Image.Image, policy: ImagePolicy) -> Image.Image:
         left, top = (image.width - width) / 2, (image.height - height) / 2
         return resample.resize(image, size, (left, top, left + width, top + height))
     if policy.fit == "pad":
-        scale = min(size[0] / image.width, size[1] / image.height)
-        width, height = (max(1, round(scale * side)) for side in image.size)
+        width, height = resample.inside(image.size, size)
         padded = Image.new(image.mode, size, _paint(policy, image.mode))
         inner = resample.resize(image, (width, height))
         padded.paste(inner, ((size[0] - width) // 2, (size[1] - height) // 2))

@@ -53,6 +53,15 @@ def resize(image: Image.Image, size: tuple[int, int], box: Box | None = None) ->
     return Image.merge(image.mode, bands)
 
 
+def inside(size: tuple[int, int], within: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the largest image of the aspect ratio of `size` that `within` can hold."""
+    scale = min(within[0] / size[0], within[1] / size[1])
+    return (
+        min(within[0], max(1, round(size[0] * scale))),
+        min(within[1], max(1, round(size[1] * scale))),
+    )
+
+
 def _planes(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode == "RGB":
         rows = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)
