@@ -8,11 +8,10 @@ A run is killed and resumed until it is done; then the next run begins. After ev
 committed checkpoint on disk must verify and load, the newest must equal the undisturbed run's
 checkpoint of the same step, and the next life must resume from exactly that one. At a run's end
 its parameters, its optimizer, its order and its log must be the undisturbed run's: bit for bit
-where the world size stays, else its parameters within 1e-5 (relative L2). Another world size adds
-in another order, and 48 steps can make 10,000 times more of that rounding in the optimizer's
-moments, in undisturbed runs as well. So every second run is in fp64, and there the moments too
-must be within 1e-5. What breaks this is a violation: it is printed with the seed, its files are
-kept, and the exit status is 1.
+where the world size stays. Another world size adds in another order: then the parameters and the
+optimizer's moments must be within 1e-5 (relative L2), and in every second run, which is in fp64,
+within 1e-10. What breaks this is a violation: it is printed with the seed, its files are kept, and
+the exit status is 1.
 
 Half of the moments are drawn from a clock; the others wait for something to happen to the
 checkpoints' files, so that short phases are hit. What phase a kill hit is read off the files
@@ -22,7 +21,6 @@ afterwards. `--json` prints one JSON object on stdout's last line.
 import argparse
 import contextlib
 import json
-import math
 import os
 import random
 import re
@@ -53,7 +51,8 @@ from pipeline.state import TrainState
 from shards import pack, synth
 
 KEEP_LAST = 2
-TOLERANCE = 1e-5
+TOLERANCE = {"fp32": 1e-5, "fp64": 1e-10}
+"""by precision: the most that another world size may change"""
 MAX_RANKS = 4
 PHASES = ("load", "save", "commit", "prune", "between")
 AIMS = ("any", "load", "save", "commit", "prune")
@@ -84,7 +83,7 @@ channels = [8, 16]
 hidden_dim = 32
 embed_dim = 16
 [optim]
-lr = 1e-3
+lr = 3e-4  # 1e-3 is chaotic: two undisturbed runs on 1 and 3 processes end up to 5e-3 apart
 warmup_steps = 5
 [validate]
 every_steps = 7
@@ -524,8 +523,7 @@ class Campaign:
         for kind, difference in relative_differences(one, two).items():
             worst, key = self.totals.worst_difference, f"{precision} {kind}"
             worst[key] = max(worst.get(key, 0.0), difference)
-            most = TOLERANCE if kind == "model" or precision == "fp64" else math.inf
-            if not difference <= (0.0 if self.arguments.same_world_size else most):
+            if not difference <= (0.0 if self.arguments.same_world_size else TOLERANCE[precision]):
                 problems.append(f"step {step}: {kind} differs by {difference:.1e} (relative, L2)")
         return problems
 
