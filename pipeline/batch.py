@@ -7,11 +7,12 @@ damage never shifts the order.
 Legend of shape suffixes: B batch, C channels, H height, W width, T tokens (with <bos>, <eos>).
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.utils.data import get_worker_info
 
 from pipeline.fit import Fit, decode_fitted
 from pipeline.order import sample_hash
+from pipeline.threads import Threads
 from shards import images, tokens
 from shards.format import PAD, TOKENS_EXTENSION, code_extension, image_extension
 
@@ -101,20 +103,22 @@ class Batch:
                 tuple(mean), tuple(std), size, image_BHWC.device
             )
         # A few at a time on a CPU: what was converted is still in its cache when it is scaled.
-        if image_BHWC.device.type == "cpu":
+        on_cpu = image_BHWC.device.type == "cpu"
+        if on_cpu:
             float_BHWC = _floats.take(image_BHWC.shape)
             few = max(1, _CACHED_VALUES // (height * width * channels))
         else:
             shape, device = image_BHWC.shape, image_BHWC.device
             float_BHWC = torch.empty(shape, dtype=torch.float32, device=device)
             few = batch
-        for first in range(0, batch, few):
-            floats_BHWC = float_BHWC[first : first + few]
-            floats_BHWC.copy_(image_BHWC[first : first + few])
-            if scale_HWC is None or shift_HWC is None:
-                floats_BHWC.div_(255)
-            else:
-                torch.addcmul(shift_HWC, floats_BHWC, scale_HWC, out=floats_BHWC)
+        with _one_thread() if on_cpu else contextlib.nullcontext():
+            for first in range(0, batch, few):
+                floats_BHWC = float_BHWC[first : first + few]
+                floats_BHWC.copy_(image_BHWC[first : first + few])
+                if scale_HWC is None or shift_HWC is None:
+                    floats_BHWC.div_(255)
+                else:
+                    torch.addcmul(shift_HWC, floats_BHWC, scale_HWC, out=floats_BHWC)
         return float_BHWC.permute(0, 3, 1, 2)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
@@ -135,7 +139,7 @@ class Batch:
 
 
 def assemble(
-    samples: Sequence[RawSample | SampleError],
+    samples: Iterable[RawSample | SampleError],
     *,
     keys: Sequence[str],
     augment_keys: Sequence[int],
@@ -147,15 +151,17 @@ def assemble(
     micro: int,
     first_place: int,
     memory: Tensor | None = None,
+    threads: Threads | None = None,
 ) -> Batch:
     """Decodes samples into one batch. A `SampleError` in `samples` stands for an unreadable one.
 
     Args:
         fit: of the height and width of `image_CHW`; without one, images must be of that size.
         memory: uint8, at least as many as the images have. They are decoded into it.
+        threads: that decode; default: this one alone.
     """
     channels, height, width = image_CHW
-    shape_BHWC = len(samples), height, width, channels
+    shape_BHWC = len(keys), height, width, channels
     size = math.prod(shape_BHWC)
     if memory is None:
         # Shared, what a worker decodes reaches its parent without a copy.
@@ -163,36 +169,36 @@ def assemble(
         memory = new_shared(size) if in_worker else torch.empty(size, dtype=torch.uint8)
     image_BHWC = memory[:size].view(shape_BHWC)
     pixels_BHWC = image_BHWC.numpy()
-    token_ids: list[Tensor] = []
-    weights: list[float] = []
-    bad: list[str] = []
-    for place, sample in enumerate(samples):
+
+    def decode(place: int, sample: RawSample | SampleError) -> tuple[Tensor, str]:
+        """Token ids, and what is wrong with the sample, if anything is."""
         try:
             if isinstance(sample, SampleError):
                 raise sample
             decode_into(pixels_BHWC[place], sample, fit)
-            empty = torch.empty(0, dtype=torch.int64)
-            token = read_tokens(sample, tokenizer) if with_tokens else empty
-            weight = 1.0
+            if not with_tokens:
+                return torch.empty(0, dtype=torch.int64), ""
+            return read_tokens(sample, tokenizer), ""
         except (SampleError, images.ImageRefused, ValueError, KeyError) as error:
             text = " ".join(str(error).split())
-            bad.append(f"{sample.where}: {text}" if isinstance(sample, RawSample) else text)
             pixels_BHWC[place] = 0
-            token = torch.full((2,) if with_tokens else (0,), PAD)
-            weight = 0.0
-        token_ids.append(token)
-        weights.append(weight)
+            nothing = torch.full((2,) if with_tokens else (0,), PAD)
+            return nothing, f"{sample.where}: {text}" if isinstance(sample, RawSample) else text
+
+    decoded = (threads or Threads(1)).map(decode, samples)
     return Batch(
         # A view of (B, H, W, C): channels last in memory, as the models like it.
         image_BCHW=image_BHWC.permute(0, 3, 1, 2),
-        token_BT=torch.nn.utils.rnn.pad_sequence(token_ids, batch_first=True, padding_value=PAD),
-        weight_B=torch.tensor(weights, dtype=torch.float32),
+        token_BT=torch.nn.utils.rnn.pad_sequence(
+            [token for token, _ in decoded], batch_first=True, padding_value=PAD
+        ),
+        weight_B=torch.tensor([not wrong for _, wrong in decoded], dtype=torch.float32),
         augment_key_B=torch.tensor(augment_keys, dtype=torch.int64),
         keys=tuple(keys),
         step=step,
         micro=micro,
         first_place=first_place,
-        bad=tuple(bad),
+        bad=tuple(wrong for _, wrong in decoded if wrong),
     )
 
 
@@ -227,6 +233,18 @@ def read_tokens(sample: RawSample, tokenizer: tokens.TokenizerFile | None = None
         return torch.tensor(tokenizer.encode(text), dtype=torch.int64)
     ids = tokens.from_npy(bytes(sample.members[TOKENS_EXTENSION]), sample.where)
     return torch.from_numpy(ids.astype(np.int64))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Where loader workers keep all cores busy, the threads of an operation wait for each other in
+    loops that take the cores from the workers: ten times longer than one thread needs."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(number)
 
 
 @functools.lru_cache(maxsize=4)

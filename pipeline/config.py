@@ -75,7 +75,7 @@ class DataConfig:
     window: int = 8192
     """samples of a lane that are shuffled together"""
     workers: int = 0
-    """loader processes a rank; any number gives the same order"""
+    """loader processes a rank; any number gives the same order; they share out OMP_NUM_THREADS"""
     size: str = ""
     """WxH in pixels: scale every image to it when it is read; default: the size they were packed
     with"""

@@ -48,7 +48,8 @@ class Loader:
         split: one of the dataset's.
         seed: of the order.
         epochs: stop after so many; None never stops.
-        workers: processes that read and decode; 0 does it in this one.
+        workers: processes that read and decode; 0 does it in this one. They share out the threads
+            that PyTorch has here (`torch.get_num_threads()`), and decode with them.
         lanes, window: of the shuffle, as in `pipeline.order.Order`.
         cache_dir, cache_bytes: of this node, for shards of object stores, as the configuration's
             `data.cache_dir` and `data.cache_bytes`.

@@ -34,6 +34,7 @@ from pipeline.cache import Shard as Shard
 from pipeline.fit import Fit
 from pipeline.order import Order, SampleIds, ShardUse, validation_batches, validation_uses
 from pipeline.slots import InSlot, Slots
+from pipeline.threads import Threads
 from shards import storage
 from shards.errors import redact
 from shards.format import FormatError, Receipt, SampleSpan, parse_index
@@ -49,6 +50,8 @@ _shown = functools.cache(redact)
 _MAX_FILES = 256
 # Batches that are asked of each worker ahead of need.
 _PREFETCH = 2
+# Decoding threads of one process: what they do in Python, they do one at a time.
+_MAX_THREADS = 8
 # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes.
 _MALLOC_OPTIONS = {-3: 32 * 2**20, -1: 64 * 2**20}
 
@@ -249,25 +252,21 @@ class BatchDataset(Dataset[Batch]):
         """
         return self.read(plan)
 
-    def read(self, plan: BatchPlan, memory: Tensor | None = None) -> Batch:
-        """The same, with the images decoded into `memory`, as `assemble` does it."""
+    def read(
+        self, plan: BatchPlan, memory: Tensor | None = None, threads: Threads | None = None
+    ) -> Batch:
+        """The same, with the images decoded into `memory` and by `threads`, as `assemble` says."""
         if self.reader.schedule is not None:
             self.reader.schedule.step = plan.step
-        samples: list[RawSample | SampleError] = []
-        augment_keys = []
         ids = plan.ids
-        for shard, index, epoch in zip(
-            ids.shard_G.tolist(), ids.index_G.tolist(), ids.epoch_G.tolist(), strict=True
-        ):
-            try:
-                samples.append(self.reader.read(shard, index))
-            except SampleError as error:
-                samples.append(error)
-            augment_keys.append(rng.torch_seed(self.seed, "augment", epoch, shard, index))
+        shards, indexes = ids.shard_G.tolist(), ids.index_G.tolist()
         return assemble(
-            samples,
-            keys=[self.reader.key(*at) for at in zip(ids.shard_G, ids.index_G, strict=True)],
-            augment_keys=augment_keys,
+            (self._sample(*at) for at in zip(shards, indexes, strict=True)),
+            keys=[self.reader.key(*at) for at in zip(shards, indexes, strict=True)],
+            augment_keys=[
+                rng.torch_seed(self.seed, "augment", epoch, shard, index)
+                for epoch, shard, index in zip(ids.epoch_G.tolist(), shards, indexes, strict=True)
+            ],
             image_CHW=self.image_CHW,
             fit=self.fit,
             with_tokens=self.with_tokens,
@@ -276,7 +275,14 @@ class BatchDataset(Dataset[Batch]):
             micro=plan.micro,
             first_place=plan.first_place,
             memory=memory,
+            threads=threads,
         )
+
+    def _sample(self, shard: int, index: int) -> RawSample | SampleError:
+        try:
+            return self.reader.read(shard, index)
+        except SampleError as error:
+            return error
 
 
 def node_places(order: Order, node: Node | None = None) -> range:
@@ -377,8 +383,10 @@ def make_loader(
         reader.schedule = schedule  # before workers are started: they take it along
         reader.cache.follow(schedule)
     slots = _slots_for(dataset, plans, workers) if workers else None
+    # None is started before it is needed, so each worker has its own: threads outlive no fork.
+    threads = Threads(decoding_threads(workers))
     loader: DataLoader[Any] = DataLoader(
-        _Answers(dataset, slots),
+        _Answers(dataset, slots, threads),
         batch_size=None,
         sampler=_Requests(plans, schedule, slots),
         num_workers=workers,
@@ -403,6 +411,7 @@ def make_loader(
                 raise answer
             yield answer
     finally:
+        threads.close()
         if ahead is not None:
             ahead.close()
             if ahead.num_fetched:
@@ -412,6 +421,12 @@ def make_loader(
             reader.cache.unfollow(schedule)
             reader.schedule = None
     atexit.unregister(kill)
+
+
+def decoding_threads(workers: int) -> int:
+    """Of each of a loader's processes: they share out the threads that PyTorch has in this one,
+    which OMP_NUM_THREADS sets, and launchers of several ranks set to 1."""
+    return min(max(1, torch.get_num_threads() // max(1, workers)), _MAX_THREADS)
 
 
 def _schedule_of(
@@ -444,15 +459,15 @@ class _Answers(Dataset[Batch | InSlot | Exception]):
     """Hands errors of the user's from a worker to its parent as values: the loader itself would
     wrap them into a traceback."""
 
-    def __init__(self, dataset: BatchDataset, slots: Slots | None) -> None:
-        self.dataset, self.slots = dataset, slots
+    def __init__(self, dataset: BatchDataset, slots: Slots | None, threads: Threads) -> None:
+        self.dataset, self.slots, self.threads = dataset, slots, threads
 
     def __getitem__(self, request: Request) -> Batch | InSlot | Exception:
         plan, slot = request
         try:
             if self.slots is None or slot is None:
-                return self.dataset[plan]
-            batch = self.dataset.read(plan, self.slots.memory(slot))
+                return self.dataset.read(plan, threads=self.threads)
+            batch = self.dataset.read(plan, self.slots.memory(slot), self.threads)
             return InSlot(batch, self.slots.key, slot)
         except (UserError, FormatError) as error:
             return error

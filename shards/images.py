@@ -10,6 +10,7 @@ a decoder allocates anything. Images of other than 1, 3 or 4 channels are arrays
 import dataclasses
 import io
 import re
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -53,6 +54,9 @@ _TURNS = {
 _MAGIC = re.compile(
     rb"\x89PNG\r\n|\xff\xd8\xff|RIFF....WEBP|GIF8[79]a|BM|II\*\0|MM\0\*|II\+\0|MM\0\+", re.DOTALL
 )
+
+_quiet = threading.RLock()
+"""of the process's list of what to warn of, which threads would put back in the wrong order"""
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,7 @@ def _opened(data: bytes, formats: tuple[str, ...]) -> Iterator[Image.Image]:
         pixels = arrays.read_npy(data, 3)  # or any other colour's
         yield Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
         return
-    with warnings.catch_warnings():
+    with _quiet, warnings.catch_warnings():
         # Pillow warns of odd metadata and of sizes; what matters of it is decided here.
         warnings.simplefilter("ignore")
         try:

@@ -27,18 +27,23 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 
 class Child:
-    """A process that measures on request, one thread in all libraries; with variables `added`."""
+    """A process that measures on request, with variables `added`; one thread in all libraries, or
+    as many as they choose."""
 
-    def __init__(self, *words: str, added: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *words: str, added: Mapping[str, str] | None = None, one_thread: bool = True
+    ) -> None:
         self.words = words
-        one = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
+        numbers = [f"{name}_NUM_THREADS" for name in ("OMP", "MKL", "OPENBLAS")]
+        others = {name: value for name, value in os.environ.items() if name not in numbers}
+        one = dict.fromkeys(numbers, "1") if one_thread else {}
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         self.process = subprocess.Popen(
             words,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **one, **offline, **(added or {})},
+            env={**others, **one, **offline, **(added or {})},
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:

@@ -13,15 +13,18 @@ ceiling run twice a round, one right after the other and back again.
 `over_fastest_peer` is ours divided by the fastest other loader, at the number of workers where
 this is lowest. `of_ceiling` is ours divided by the ceiling, at its lowest too: the ceiling is the
 same decoding, scaling and normalising of bytes that are already in memory, in as many processes
-(one, for 0 workers) and without any loader. `images_per_cpu_s` is by CPU time, without workers:
-other work on the machine hardly changes it. `first_batch_s` is from `Loader(...)` to the first
-batch, `first_batch_at_90_s` after a state at 90% of the epoch was loaded; no file is in the page
-cache then. `--memory-epochs N` also reads N epochs and says by how many MB a worker grew after the
-second. litdata stores JPEG files as they are and gives tensors, which are scaled as tensors (its
-fastest way); of PNG files it stores the pixels, so that it decodes nothing.
+(one, for 0 workers) of as many threads, and without any loader. Every process has the threads that
+PyTorch gives it, which ours decodes with; `--one-thread` is for one in each. `images_per_cpu_s` is
+by CPU time, without workers: neither threads nor other work on the machine change it much.
+`first_batch_s` is from `Loader(...)` to the first batch, `first_batch_at_90_s` after a state at 90%
+of the epoch was loaded; no file is in the page cache then. `--memory-epochs N` also reads N epochs
+and says by how many MB a worker grew after the second. litdata stores JPEG files as they are and
+gives tensors, which are scaled as tensors (its fastest way); of PNG files it stores the pixels, so
+that it decodes nothing.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -51,6 +54,8 @@ from stream_peers import BATCH, MEAN, PACKAGES, SIDE, STD, timed  # noqa: E402
 from pipeline.batch import Batch, RawSample, assemble  # noqa: E402
 from pipeline.fit import Fit  # noqa: E402
 from pipeline.loader import Loader  # noqa: E402
+from pipeline.stream import decoding_threads  # noqa: E402
+from pipeline.threads import Threads  # noqa: E402
 
 PHOTOGRAPHS = {"jpeg": (500, 375), "jpeg_1024": (1024, 768)}
 """(width, height) in pixels"""
@@ -68,13 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--rounds", type=int, default=5, help="times that every row is measured [5]")
     add("--images", type=int, default=1536, help="images of the jpeg set; others: half [1536]")
     add("--screens", type=Path, default=SCREENS, help="folder of screenshots (else they are drawn)")
+    add("--one-thread", action="store_true", help="for all, as under torchrun [torch's default]")
     add("--memory-epochs", type=int, default=0, metavar="N", help="watch memory for N epochs [0]")
     add("--keep", type=Path, help="folder for the data, kept for the next call [a temporary one]")
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.serve:
-        torch.set_num_threads(1)
         serve(_answer)
         return 0
     if arguments.peers_python is None:
@@ -96,11 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for, with the data in `folder`."""
     kinds, workers = arguments.kinds.split(","), [int(n) for n in arguments.workers.split(",")]
-    names = [OURS, CEILING]
-    children = dict.fromkeys(names, Child(sys.executable, str(Path(__file__)), "--serve"))
+
+    def start(*words: str) -> Child:
+        return Child(*words, one_thread=arguments.one_thread)
+
+    children = dict.fromkeys((OURS, CEILING), start(sys.executable, str(Path(__file__)), "--serve"))
     versions = {}
     for name in arguments.peers.split(",") if arguments.peers_python else []:
-        child = Child(str(arguments.peers_python), str(Path(__file__).with_name("stream_peers.py")))
+        child = start(str(arguments.peers_python), str(Path(__file__).with_name("stream_peers.py")))
         versions[name] = child.ask(name=name, do="version")["version"]
         children[name] = child
     result: dict[str, Any] = {}
@@ -218,6 +226,7 @@ def _memory(request: dict[str, Any]) -> dict[str, Any]:
 
 def _ceiling(request: dict[str, Any]) -> dict[str, float]:
     processes = max(1, request["workers"])
+    request = {**request, "threads": decoding_threads(request["workers"])}
     if processes == 1:
         return _decode_all(request)
     context = multiprocessing.get_context("fork")
@@ -228,26 +237,29 @@ def _ceiling(request: dict[str, Any]) -> dict[str, float]:
 
 def _decode_all(request: dict[str, Any]) -> dict[str, float]:
     """What a loader cannot do without, and nothing else."""
+    torch.set_num_threads(request["threads"])
     samples = [
         RawSample(path.name, path.name, {path.suffix[1:]: memoryview(path.read_bytes())})
         for path in sorted((Path(request["folder"]) / "raw").iterdir())
     ]
     fit = Fit(SIDE, SIDE)
 
-    def batches() -> Iterator[torch.Tensor]:
+    def batches(threads: Threads) -> Iterator[torch.Tensor]:
         first = 0
         while True:
-            yield _assembled(samples[first : first + BATCH], fit).images(mean=MEAN, std=STD)
+            batch = _assembled(samples[first : first + BATCH], fit, threads)
+            yield batch.images(mean=MEAN, std=STD)
             first = (first + BATCH) % (len(samples) - BATCH + 1)
 
-    return timed(batches(), request["batches"])
+    with contextlib.closing(Threads(request["threads"])) as threads:
+        return timed(batches(threads), request["batches"])
 
 
-def _assembled(samples: list[RawSample], fit: Fit) -> Batch:
+def _assembled(samples: list[RawSample], fit: Fit, threads: Threads) -> Batch:
     keys, places = [sample.key for sample in samples], range(len(samples))
     return assemble(
         samples, keys=keys, augment_keys=places, image_CHW=(3, SIDE, SIDE), fit=fit,
-        with_tokens=False, step=0, micro=0, first_place=0,
+        with_tokens=False, step=0, micro=0, first_place=0, threads=threads,
     )  # fmt: skip
 
 

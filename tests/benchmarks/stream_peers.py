@@ -205,9 +205,6 @@ LOADERS = {
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    torch.set_num_threads(1)
     name = request["name"]
     if request.get("do") == "version":
         return {"version": metadata.version(PACKAGES[name])}

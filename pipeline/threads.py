@@ -1,0 +1,58 @@
+"""A few threads that go through the values of an iterator together."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from threading import Lock
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Threads:
+    """`number` of them, with the caller of `map`; the others are started when they are needed."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._others: ThreadPoolExecutor | None = None
+
+    def map(self, function: Callable[[int, T], R], values: Iterable[T]) -> list[R]:
+        """`function` of every value's place and the value, in their order.
+
+        Each thread takes the next value as soon as it has done one, so that `values`, which one
+        asks at a time, may take a while to come. What either raises is raised, but not before all
+        threads have come to rest.
+        """
+        places: Iterator[tuple[int, T]] = enumerate(values)
+        lock = Lock()
+        done: list[tuple[int, R]] = []
+
+        def work() -> None:
+            nonlocal places
+            try:
+                while True:
+                    with lock:
+                        found = next(places, None)
+                    if found is None:
+                        return
+                    done.append((found[0], function(*found)))
+            except BaseException:
+                places = iter(())  # the others need not go on
+                raise
+
+        if self.number > 1 and self._others is None:
+            self._others = ThreadPoolExecutor(self.number - 1, "pixloom-decode")
+        others = [self._others.submit(work) for _ in range(self.number - 1)] if self._others else []
+        try:
+            work()
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
+        return [result for _, result in sorted(done, key=lambda pair: pair[0])]
+
+    def close(self) -> None:
+        """Ends the others."""
+        if self._others is not None:
+            self._others.shutdown()
+            self._others = None

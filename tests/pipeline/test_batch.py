@@ -1,0 +1,130 @@
+"""Bytes of samples to batches: the same ones, however many threads decode."""
+
+import contextlib
+import io
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.batch import Batch, RawSample, SampleError, assemble
+from pipeline.fit import Fit
+from pipeline.loader import Loader
+from pipeline.threads import Threads
+from shards.storage import UserError
+
+FIT = Fit(40, 60)
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def mixed_samples(count: int) -> list[RawSample | SampleError]:
+    """Every format, by both ways of decoding; some are cut short, some could not be read."""
+    samples: list[RawSample | SampleError] = []
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        width, height = rng.integers(30, 200, 2)
+        small = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+        image = small.resize((width, height), Image.Resampling.BICUBIC)
+        extension, data = [
+            ("jpg", encoded(image, "JPEG")),
+            ("png", encoded(image, "PNG")),
+            ("png", encoded(image.quantize(32), "PNG")),
+            ("webp", encoded(image, "WEBP")),
+            ("jpg", encoded(image, "JPEG")[:-200]),
+            ("png", encoded(image, "PNG")[:-30]),
+        ][number % 6]
+        raw = RawSample(f"shard {number}", str(number), {extension: memoryview(data)})
+        samples.append(SampleError(f"sample {number} is lost") if number % 13 == 12 else raw)
+    return samples
+
+
+def batch_of(samples: list[RawSample | SampleError], **options: Any) -> Batch:
+    return assemble(
+        iter(samples), keys=[str(place) for place in range(len(samples))],
+        augment_keys=range(len(samples)), image_CHW=(3, FIT.height, FIT.width), fit=FIT,
+        with_tokens=False, step=0, micro=0, first_place=0, **options,
+    )  # fmt: skip
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    assert one.keys == other.keys
+    assert one.bad == other.bad
+    for name in ("image_BCHW", "token_BT", "weight_B", "augment_key_B"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_threads_decode_the_batch_that_one_decodes(count: int) -> None:
+    samples = mixed_samples(60)
+    alone = batch_of(samples)
+    assert 20 < len(alone.bad) < 30
+    assert alone.image_BCHW[alone.weight_B > 0].float().std() > 10
+    filters = list(warnings.filters)
+    with contextlib.closing(Threads(count)) as threads:
+        for _ in range(10):
+            assert_equal(batch_of(samples, threads=threads), alone)
+    assert warnings.filters == filters
+
+
+def test_an_error_while_reading_waits_for_what_is_being_decoded() -> None:
+    """They write into memory that the next batch will have."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 900, 3), np.uint8))
+    sample = RawSample("shard", "key", {"jpg": memoryview(encoded(image, "JPEG"))})
+
+    def samples() -> Iterator[RawSample]:
+        yield from [sample] * 8
+        raise UserError("the storage does not answer")
+
+    memory = torch.zeros(9 * 3 * FIT.height * FIT.width, dtype=torch.uint8)
+    with contextlib.closing(Threads(2)) as threads:
+        with pytest.raises(UserError, match="does not answer"):
+            assemble(
+                samples(), keys=["key"] * 9, augment_keys=range(9), fit=FIT, with_tokens=False,
+                image_CHW=(3, FIT.height, FIT.width), step=0, micro=0, first_place=0,
+                memory=memory, threads=threads,
+            )  # fmt: skip
+        left = memory.clone()
+        assert left.view(9, -1).float().mean(dim=1).gt(0).tolist() == [True] * 8 + [False]
+    assert torch.equal(memory, left)
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("torch_threads")
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_loader_has_as_many_threads_as_torch_and_ends_them(screens: Path, workers: int) -> None:
+    def decoding() -> int:
+        return sum(thread.name.startswith("pixloom-decode") for thread in threading.enumerate())
+
+    def batches(threads: int) -> Iterator[Batch]:
+        torch.set_num_threads(threads)
+        return iter(Loader(screens, batch_size=8, size=(40, 30), workers=workers, epochs=1))
+
+    alone = list(batches(1))
+    assert decoding() == 0
+    together = batches(3)
+    first = next(together)
+    assert decoding() == (2 if workers == 0 else 0)
+    for one, other in zip([first, *together], alone, strict=True):
+        assert_equal(one, other)
+    assert decoding() == 0
+    given_up = batches(3)
+    next(given_up)
+    given_up.close()  # type: ignore[attr-defined]
+    assert decoding() == 0
