@@ -19,10 +19,13 @@ class Threads:
     def map(self, function: Callable[[int, T], R], values: Iterable[T]) -> list[R]:
         """`function` of every value's place and the value, in their order.
 
-        Each thread takes the next value as soon as it has done one, so that `values`, which one
-        asks at a time, may take a while to come. What either raises is raised, but not before all
-        threads have come to rest.
+        Each thread takes the next value as soon as it has done one; one at a time asks `values`,
+        which may take a while to come. What either raises is raised, but not before all threads
+        have come to rest.
         """
+        if self.number == 1:
+            # All of them first: in turns, reading files and decoding images take 2% longer.
+            return [function(place, value) for place, value in enumerate(list(values))]
         places: Iterator[tuple[int, T]] = enumerate(values)
         lock = Lock()
         done: list[tuple[int, R]] = []
@@ -40,9 +43,9 @@ class Threads:
                 places = iter(())  # the others need not go on
                 raise
 
-        if self.number > 1 and self._others is None:
+        if self._others is None:
             self._others = ThreadPoolExecutor(self.number - 1, "pixloom-decode")
-        others = [self._others.submit(work) for _ in range(self.number - 1)] if self._others else []
+        others = [self._others.submit(work) for _ in range(self.number - 1)]
         try:
             work()
         finally:
