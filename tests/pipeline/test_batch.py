@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline.batch import Batch, RawSample, SampleError, assemble
 from pipeline.fit import Fit
 from pipeline.loader import Loader
+from pipeline.stream import decoding_threads
 from pipeline.threads import Threads
 from shards.storage import UserError
 
@@ -128,3 +129,13 @@ def test_a_loader_has_as_many_threads_as_torch_and_ends_them(screens: Path, work
     next(given_up)
     given_up.close()  # type: ignore[attr-defined]
     assert decoding() == 0
+
+
+@pytest.mark.usefixtures("torch_threads")
+def test_processes_share_out_torch_s_threads() -> None:
+    for threads, workers, each in ((8, 0, 8), (8, 3, 2), (8, 20, 1), (1, 0, 1), (100, 1, 8)):
+        torch.set_num_threads(threads)
+        assert decoding_threads(workers) == each
+    torch.set_num_threads(3)
+    batch_of(mixed_samples(3)).images(mean=(0.5,))
+    assert torch.get_num_threads() == 3
