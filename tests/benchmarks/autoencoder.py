@@ -93,7 +93,9 @@ def pack(source: Path, work: Path) -> None:
     raw = work / "raw"
     if not (work / "shards" / "manifest.json").is_file():
         with tarfile.open(source) as archive:
-            archive.extractall(raw, filter="data")
+            if hasattr(tarfile, "data_filter"):  # Python 3.11.4 and later
+                archive.extraction_filter = tarfile.data_filter
+            archive.extractall(raw)
         words = ["--kind", "images", "--split", "train=rest,val=1000,test=1000"]
         call("-m", "shards.pack", raw, work / "shards", *words)
 
