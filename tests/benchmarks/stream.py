@@ -15,7 +15,7 @@ this is lowest. `of_ceiling` is ours divided by the ceiling, at its lowest too: 
 same decoding, scaling and normalising of bytes that are already in memory, in as many processes
 (one, for 0 workers) of as many threads, and without any loader. Every process has the threads that
 PyTorch gives it, which ours decodes with; `--one-thread` is for one in each. `images_per_cpu_s` is
-by CPU time, without workers: neither threads nor other work on the machine change it much.
+by CPU time, without workers: other work on the machine hardly changes it; threads that wait do.
 `first_batch_s` is from `Loader(...)` to the first batch, `first_batch_at_90_s` after a state at 90%
 of the epoch was loaded; no file is in the page cache then. `--memory-epochs N` also reads N epochs
 and says by how many MB a worker grew after the second. litdata stores JPEG files as they are and
@@ -230,14 +230,13 @@ def _ceiling(request: dict[str, Any]) -> dict[str, float]:
     if processes == 1:
         return _decode_all(request)
     context = multiprocessing.get_context("fork")
-    with context.Pool(processes) as pool:
+    with context.Pool(processes, torch.set_num_threads, (1,)) as pool:  # as loaders' workers
         parts = pool.map(_decode_all, [request] * processes, chunksize=1)
     return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
 def _decode_all(request: dict[str, Any]) -> dict[str, float]:
     """What a loader cannot do without, and nothing else."""
-    torch.set_num_threads(request["threads"])
     samples = [
         RawSample(path.name, path.name, {path.suffix[1:]: memoryview(path.read_bytes())})
         for path in sorted((Path(request["folder"]) / "raw").iterdir())
