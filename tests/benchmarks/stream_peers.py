@@ -21,6 +21,13 @@ PACKAGES = {
     "litdata": "litdata",
     "datasets": "datasets",
 }
+FILES = {
+    "webdataset": "shards",
+    "mosaicml-streaming": "mosaicml",
+    "litdata": "litdata",
+    "datasets": "raw",
+}
+"""where the files lie that each reads, in the folder of a data set"""
 Batches = Iterable[Any]
 
 
@@ -115,7 +122,7 @@ def _mosaicml(folder: Path, shards: Path, workers: int) -> Iterator[Any]:
     from streaming.base.util import clean_stale_shared_memory
     from torch.utils.data import DataLoader
 
-    local = folder / "mosaicml"
+    local = folder / FILES["mosaicml-streaming"]
     if not local.exists():
         from PIL import Image
 
@@ -148,7 +155,7 @@ def _read_image(path: str) -> dict[str, Any]:
 def _litdata(folder: Path, shards: Path, workers: int) -> Iterator[Any]:
     import litdata
 
-    local = folder / "litdata"
+    local = folder / FILES["litdata"]
     if not local.exists():
         litdata.optimize(
             fn=_read_image,
@@ -174,7 +181,7 @@ def _datasets(folder: Path, shards: Path, workers: int) -> Iterator[Any]:
 
     pictures = load_dataset(
         "imagefolder",
-        data_dir=str(folder / "raw"),
+        data_dir=str(folder / FILES["datasets"]),
         split="train",
         cache_dir=str(folder / "datasets"),
         drop_labels=True,
