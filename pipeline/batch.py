@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from pipeline.fit import Fit, decode_fitted
 from pipeline.order import sample_hash
@@ -77,7 +76,7 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Called by the `DataLoader` on CUDA machines."""
+        """A copy in page-locked memory, from where a GPU reads without anybody's help."""
         return self._map(Tensor.pin_memory)
 
     def images(
@@ -164,9 +163,7 @@ def assemble(
     shape_BHWC = len(keys), height, width, channels
     size = math.prod(shape_BHWC)
     if memory is None:
-        # Shared, what a worker decodes reaches its parent without a copy.
-        in_worker = get_worker_info() is not None
-        memory = new_shared(size) if in_worker else torch.empty(size, dtype=torch.uint8)
+        memory = torch.empty(size, dtype=torch.uint8)
     image_BHWC = memory[:size].view(shape_BHWC)
     pixels_BHWC = image_BHWC.numpy()
 
@@ -305,7 +302,7 @@ _floats = _Floats()
 
 def new_shared(size: int) -> Tensor:
     """uint8 (size) in shared memory, not initialised."""
-    # What the loader's own collate function calls; the public way writes to every page.
+    # What PyTorch's collate function calls; the public way writes to every page.
     new: Callable[..., torch.UntypedStorage] = torch.UntypedStorage._new_shared
     return torch.empty(0, dtype=torch.uint8).set_(new(size))
 

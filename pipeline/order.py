@@ -13,6 +13,7 @@ import argparse
 import functools
 import hashlib
 import heapq
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,6 +47,11 @@ class SampleIds:
 
     def __len__(self) -> int:
         return len(self.shard_G)
+
+    @classmethod
+    def joined(cls, parts: Sequence["SampleIds"]) -> "SampleIds":
+        columns = zip(*((ids.shard_G, ids.index_G, ids.epoch_G) for ids in parts), strict=True)
+        return cls(*map(np.concatenate, columns))
 
 
 class ShardUse(NamedTuple):
@@ -108,29 +114,22 @@ class Lanes:
 
     def draw(self, parts: Iterable[tuple[int, int, int]]) -> SampleIds:
         """The samples at places [start, stop) of a lane, for each part (lane, start, stop)."""
-        # Positions are looked up by epochs, of which there are seldom more than two at once.
-        pieces: dict[int, list[NDArray[np.int64]]] = {}
-        places: dict[int, list[NDArray[np.int64]]] = {}
-        count = 0
+        pieces: list[tuple[int, NDArray[np.int64]]] = []
         for lane, start, stop in parts:
             while start < stop:
                 epoch, place = divmod(start, self.length)
                 take = min(stop - start, self._window_stop(place) - place)
-                pieces.setdefault(epoch, []).append(self._positions(epoch, lane, place, take))
-                places.setdefault(epoch, []).append(np.arange(count, count + take))
-                start, count = start + take, count + take
-        shard_G, index_G, epoch_G = np.empty((3, count), dtype=np.int64)
-        for epoch, positions in pieces.items():
-            layout, position, at = (
-                self._epoch(epoch),
-                np.concatenate(positions),
-                np.concatenate(places[epoch]),
-            )
+                pieces.append((epoch, self._positions(epoch, lane, place, take)))
+                start += take
+        found = [SampleIds(*np.empty((3, 0), dtype=np.int64))]
+        # Looked up together as long as they are of one epoch, as mostly all of them are.
+        for epoch, of_epoch in itertools.groupby(pieces, key=lambda piece: piece[0]):
+            layout, position = self._epoch(epoch), np.concatenate([piece for _, piece in of_epoch])
             shard = np.searchsorted(layout.starts, position, side="right") - 1
-            shard_G[at] = layout.shards[shard] + self.first_shard
-            index_G[at] = position - layout.starts[shard]
-            epoch_G[at] = epoch
-        return SampleIds(shard_G, index_G, epoch_G)
+            shard_G, index_G = layout.shards[shard], position - layout.starts[shard]
+            epoch_G = np.full(len(position), epoch)
+            found.append(SampleIds(shard_G + self.first_shard, index_G, epoch_G))
+        return found[-1] if len(found) <= 2 else SampleIds.joined(found)
 
     def windows(self, lane: int, start: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         """A lane's windows from place `start` on, endless: their places [start, stop), and the
@@ -156,9 +155,7 @@ class Lanes:
     def _positions(self, epoch: int, lane: int, place: int, count: int) -> NDArray[np.int64]:
         """The next `count` places of one window, as positions in the epoch's sequence."""
         number, offset = divmod(place, self.window)
-        first, last = self._span(lane, number)
-        shuffled = self._window(epoch, lane, number, last - first)
-        return shuffled[offset : offset + count] + first
+        return self._window(epoch, lane, number)[offset : offset + count]
 
     def _span(self, lane: int, number: int) -> tuple[int, int]:
         """The positions [first, last) in the epoch's sequence of a lane's window."""
@@ -168,8 +165,10 @@ class Lanes:
         first = lane_start + number * self.window
         return first, min(first + self.window, lane_stop)
 
-    def _make_window(self, epoch: int, lane: int, number: int, length: int) -> NDArray[np.int64]:
-        return rng.permutation(rng.key(self.seed, "window", epoch, lane, number), length)
+    def _make_window(self, epoch: int, lane: int, number: int) -> NDArray[np.int64]:
+        first, last = self._span(lane, number)
+        key = rng.key(self.seed, "window", epoch, lane, number)
+        return rng.permutation(key, last - first) + first
 
     def _make_epoch(self, epoch: int) -> _Epoch:
         shards = rng.permutation(rng.key(self.seed, "shards", epoch), len(self.shard_samples))
@@ -249,10 +248,17 @@ class Order:
         """For people: what is read, in one line."""
         return f"{self.num_samples} samples, {self.steps_per_epoch} steps an epoch"
 
-    def samples_of(self, step: int) -> SampleIds:
-        """The global batch of a step, in order: `global_size` ids."""
-        start, stop = step * self.per_lane, (step + 1) * self.per_lane
-        return self._draw([(lane, start, stop) for lane in range(self.lanes)])
+    def samples_of(self, step: int, places: range | None = None) -> SampleIds:
+        """The global batch of a step, in order: `global_size` ids, or those at some places of it,
+        which cost no more than they are."""
+        places = range(self.global_size) if places is None else places
+        parts = []
+        for lane in range(places.start // self.per_lane, -(-places.stop // self.per_lane)):
+            first = max(places.start - lane * self.per_lane, 0)
+            last = min(places.stop - lane * self.per_lane, self.per_lane)
+            start = step * self.per_lane
+            parts.append((lane, start + first, start + last))
+        return self._draw(parts)
 
     def micros_of(self, rank: int, world_size: int) -> range:
         """The microbatches of every step that this rank computes: [rM/W, (r+1)M/W).
@@ -307,13 +313,20 @@ class Order:
 
 def validation_batches(shard_samples: Sequence[int], size: int) -> Iterator[SampleIds]:
     """Every sample once, in manifest order, in batches of `size` (the last may be shorter)."""
-    samples = np.asarray(shard_samples, dtype=np.int64)
-    starts = np.cumsum(samples) - samples
-    total = int(samples.sum())
-    for first in range(0, total, size):
-        position = np.arange(first, min(first + size, total))
-        shard = np.searchsorted(starts, position, side="right") - 1
-        yield SampleIds(shard, position - starts[shard], np.zeros_like(shard))
+    starts = shard_starts(shard_samples)
+    return (validation_batch(starts, size, number) for number in range(-(-starts[-1] // size)))
+
+
+def validation_batch(starts: NDArray[np.int64], size: int, number: int) -> SampleIds:
+    """The batch of this number, given `shard_starts`."""
+    position = np.arange(number * size, min((number + 1) * size, starts[-1]))
+    shard = np.searchsorted(starts, position, side="right") - 1
+    return SampleIds(shard, position - starts[shard], np.zeros_like(shard))
+
+
+def shard_starts(shard_samples: Sequence[int]) -> NDArray[np.int64]:
+    """How many samples come before each shard in manifest order, and last how many there are."""
+    return np.concatenate([[0], np.cumsum(np.asarray(shard_samples, dtype=np.int64))])
 
 
 def validation_uses(

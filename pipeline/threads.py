@@ -1,6 +1,6 @@
-"""A few threads that go through the values of an iterator together."""
+"""Threads that go through the values of an iterator: a few together, or one ahead."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Lock
 from typing import TypeVar
@@ -59,3 +59,19 @@ class Threads:
         if self._others is not None:
             self._others.shutdown()
             self._others = None
+
+
+def one_ahead(
+    values: Iterator[T],
+    finish: Callable[[T], R],
+    *,
+    prepare: Callable[[], object] = lambda: None,
+) -> Generator[R, None, None]:
+    """`finish` of every value. Another thread takes the next value while a finished one is in use;
+    `prepare` is what it does first. No value is None."""
+    with ThreadPoolExecutor(1, "pixloom-ahead", prepare) as thread:
+        coming = thread.submit(next, values, None)
+        while (value := coming.result()) is not None:
+            finished = finish(value)
+            coming = thread.submit(next, values, None)
+            yield finished

@@ -63,16 +63,17 @@ class Child:
 
 
 def one_round(
-    names: Iterable[str], turn: int, ask: Callable[[str], dict[str, Any]]
+    names: Iterable[str], turn: int, ask: Callable[[str], dict[str, Any]], *, pairs: int = 2
 ) -> dict[str, dict[str, float]]:
     """The figures that `ask` finds for each name, with another order each `turn`.
 
-    Ours and the ceiling are asked twice, one right after the other and back again, and their means
-    taken: so what makes the machine slower or faster meanwhile is in both.
+    Ours and the ceiling are asked `pairs` times, an even number, one right after the other and back
+    again, and their means taken: so what makes the machine slower or faster meanwhile is in both.
     """
     others = [name for name in names if name not in (OURS, CEILING)]
     others = others[turn % max(1, len(others)) :] + others[: turn % max(1, len(others))]
     pair = [OURS, CEILING, CEILING, OURS] if turn % 2 == 0 else [CEILING, OURS, OURS, CEILING]
+    pair *= pairs // 2
     found: dict[str, list[dict[str, float]]] = {}
     for name in pair + others if turn % 2 == 0 else others + pair:
         found.setdefault(name, []).append(ask(name))

@@ -121,7 +121,8 @@ def test_a_loader_has_as_many_threads_as_torch_and_ends_them(screens: Path, work
     assert decoding() == 0
     together = batches(3)
     first = next(together)
-    assert decoding() == (2 if workers == 0 else 0)
+    # One of the two is enough where it is done before the other is asked.
+    assert decoding() in ([1, 2] if workers == 0 else [0])
     for one, other in zip([first, *together], alone, strict=True):
         assert_equal(one, other)
     assert decoding() == 0

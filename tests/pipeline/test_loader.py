@@ -90,8 +90,8 @@ def test_memory_of_batches_is_used_again_but_never_while_a_tensor_looks_into_it(
     monkeypatch.setattr(stream, "Slots", lambda *sizes: made.append(new_slots(*sizes)) or made[0])
     kept = {}
     for step, batch in enumerate(loader_of(screens, epochs=2, workers=2)):
-        # Every fifth is kept, which are more in the end than there are slots.
-        if step % 5 == 0:
+        # Every third is kept, which are more in the end than there are slots.
+        if step % 3 == 0:
             kept[step] = batch if step % 2 else batch.image_BCHW[1].numpy()
         assert torch.equal(batch.image_BCHW, expected[step])
     for step, some in kept.items():
@@ -101,7 +101,7 @@ def test_memory_of_batches_is_used_again_but_never_while_a_tensor_looks_into_it(
             assert np.array_equal(some, expected[step][1].numpy())
     assert made[0].take() is None
     del kept, some, batch
-    assert sorted(iter(made[0].take, None)) == list(range(6))
+    assert sorted(iter(made[0].take, None)) == list(range(8))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -63,10 +63,6 @@ def in_groups(keys: list[tuple[str, ...]], size: int) -> list[list[tuple[str, ..
     return [keys[at : at + size] for at in range(0, len(keys), size)]
 
 
-# A test machine may have fewer cores than a user's: more workers than cores is meant here.
-many_workers = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-
-
 def check_one_order(
     root: Path, layout: dict[str, int], world_size: int, workers: int, shards: int, cut: int
 ) -> None:
@@ -108,7 +104,6 @@ def test_any_ranks_and_interruption_see_one_order(
     check_one_order(screens, layout, world_size, 0, shards, cut)
 
 
-@many_workers
 @settings(max_examples=10, deadline=None)
 @given(
     layout=layouts(),
@@ -123,7 +118,6 @@ def test_any_workers_see_the_same_order(
     check_one_order(screens, layout, world_size, workers, shards, cut)
 
 
-@many_workers
 def test_an_epoch_through_workers_holds_each_sample_once(screens: Path) -> None:
     dataset = train_split(screens)
     order = Order(dataset.reader.shard_samples, seed=1, global_size=6, micro_size=2, window=9)
@@ -219,6 +213,16 @@ def test_a_shard_cut_short_names_the_sample(screens: Path, damaged: Path) -> Non
     dataset = train_split(damaged)
     with pytest.raises(SampleError, match=r"train/000000\.tar train-\d+: the shard ends inside"):
         dataset.reader.read(0, entry.samples - 1)
+
+
+def test_all_samples_of_a_missing_shard_keep_their_places(screens: Path, damaged: Path) -> None:
+    entry = load_manifest(str(damaged)).splits["train"][0]
+    (damaged / entry.name).unlink()
+    good, bad = batch_of(screens, entry.samples + 1), batch_of(damaged, entry.samples + 1)
+    assert bad.keys == good.keys
+    assert bad.weight_B.tolist() == [0] * entry.samples + [1]
+    assert "train/000000.tar" in bad.bad[0]
+    assert "cannot be opened (No such file or directory)" in bad.bad[0]
 
 
 def test_an_index_of_another_length_is_refused(damaged: Path) -> None:

@@ -1,0 +1,185 @@
+"""Processes that answer requests, each over a pipe of its own, and hold no state.
+
+What PyTorch's DataLoader does with queues that all share, their locks and threads, takes a pipe for
+each worker: nothing waits for another, and the end of a pipe says at once that a worker died.
+"""
+
+import atexit
+import contextlib
+import itertools
+import multiprocessing
+import os
+import select
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+
+from shards.storage import UserError
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+_LOOK_S = 5.0
+"""how often a worker that nobody asks looks whether its parent still lives"""
+_END_S = 5.0
+"""what a worker has to end what it was asked for before it is killed"""
+
+
+class Workers(Generic[Q, A]):
+    """So many processes, which call `prepare` once, and `answer` for every request."""
+
+    def __init__(
+        self, answer: Callable[[Q], A], number: int, *, prepare: Callable[[], object]
+    ) -> None:
+        self._team: list[_Worker[Q, A]] = []
+        self._poll = select.poll()
+        try:
+            for _ in range(number):
+                self._team.append(_Worker(answer, prepare))
+                self._poll.register(self._team[-1].pipe, select.POLLIN)
+        except BaseException:
+            self.close()
+            raise
+        self._by_descriptor = {worker.pipe.fileno(): worker for worker in self._team}
+
+    def close(self) -> None:
+        """Ends them, whatever they are at."""
+        for worker in self._team:
+            worker.dismiss()  # all of them before the first is waited for
+        for worker in self._team:
+            worker.end()
+
+    def in_turn(self, requests: Iterator[Q], *, ahead: int) -> Iterator[A]:
+        """Answers to all requests, in their order; `ahead` times the number of workers are asked
+        for before the first of them is taken.
+
+        A request has to be small, some numbers: while a worker hands over an answer, nobody takes
+        it.
+
+        Raises:
+            UserError: a worker was killed.
+            RuntimeError: `answer` raised an error; the message is its traceback.
+        """
+        numbered = enumerate(requests)
+        found: dict[int, A] = {}
+        num_asked = self._ask(itertools.islice(numbered, ahead * len(self._team)))
+        for number in itertools.count():
+            if number == num_asked:
+                return
+            while number not in found:
+                found.update(self._answers(None))
+            found.update(self._answers(0))
+            num_asked += self._ask(itertools.islice(numbered, 1))
+            yield found.pop(number)
+
+    def _ask(self, numbered: Iterable[tuple[int, Q]]) -> int:
+        """Asks whoever has least to do, the quickest of them: not in turns, because a worker whose
+        core others use too would hold up the rest. Returns how many requests there were."""
+        count = 0
+        for count, (number, request) in enumerate(numbered, 1):  # noqa: B007
+            min(self._team, key=lambda one: (len(one.asked), -one.answered)).ask(number, request)
+        return count
+
+    def _answers(self, timeout_ms: int | None) -> Iterator[tuple[int, A]]:
+        """Those that have come, with their requests' numbers; waits for one."""
+        for descriptor, _ in self._poll.poll(timeout_ms):
+            yield self._by_descriptor[descriptor].answer()
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An answer: there is none."""
+
+    trace: str
+
+
+class _Worker(Generic[Q, A]):
+    def __init__(self, answer: Callable[[Q], A], prepare: Callable[[], object]) -> None:
+        self.asked: deque[int] = deque()
+        """numbers of the requests that it has not answered"""
+        self.answered = 0
+        self.pipe, theirs = multiprocessing.Pipe()
+        self._process = multiprocessing.Process(
+            target=_serve, args=(theirs, self.pipe, answer, prepare), daemon=True
+        )
+        self._process.start()
+        theirs.close()  # so that the pipe ends with the worker
+        # Workers ignore the signal that ends other processes when this one's program does.
+        atexit.register(self._process.kill)
+
+    def ask(self, number: int, request: Q) -> None:
+        self.asked.append(number)
+        with contextlib.suppress(OSError):  # it died: `answer` says so
+            self.pipe.send(request)
+
+    def answer(self) -> tuple[int, A]:
+        try:
+            found = self.pipe.recv()
+        except (EOFError, OSError):
+            raise UserError(self._died()) from None
+        if isinstance(found, _Failure):
+            raise RuntimeError(f"in a loader worker:\n{found.trace}")
+        self.answered += 1
+        return self.asked.popleft(), cast(A, found)
+
+    def _died(self) -> str:
+        self._process.join(_END_S)
+        status = self._process.exitcode
+        if status is None or status >= 0:
+            return f"a loader worker ended (exit status {status})"
+        name = signal.Signals(-status).name
+        hint = ", as happens when memory runs out: fewer workers need less of it"
+        return f"a loader worker was killed ({name}){hint if name == 'SIGKILL' else ''}"
+
+    def dismiss(self) -> None:
+        # Said too: the pipe does not end while another process has inherited this end of it.
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
+        self.pipe.close()
+
+    def end(self) -> None:
+        self._process.join(_END_S)
+        self._process.kill()
+        self._process.join()
+        atexit.unregister(self._process.kill)
+
+
+def _serve(
+    pipe: Connection,
+    other_end: Connection,
+    answer: Callable[[Any], Any],
+    prepare: Callable[[], object],
+) -> None:
+    other_end.close()
+    # SIGTERM to a whole job must reach the step's end: the parent stops, and its workers with it.
+    # Else a worker dies of the signal, and the run with it, before anything is saved.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)  # of one operation: all cores have a worker
+    prepare()
+    with contextlib.suppress(EOFError, OSError):  # the parent wants no more, or is gone
+        for request in _received(pipe):
+            try:
+                found = answer(request)
+            except Exception:
+                found = _Failure(traceback.format_exc())
+            pipe.send(found)
+
+
+def _received(pipe: Connection) -> Iterator[Any]:
+    """Requests, until there is none or nobody to make one."""
+    parent = os.getppid()
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    while os.getppid() == parent:
+        if poll.poll(_LOOK_S * 1000):
+            request = pipe.recv()
+            if request is None:
+                return
+            yield request
