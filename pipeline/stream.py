@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -76,6 +77,8 @@ class SampleReader:
         """while a loader reads: what comes next"""
         self.open_shards = open_shards
         self._files: OrderedDict[int, int] = OrderedDict()
+        # An iteration that was given up may still read ahead when the next one begins.
+        self._lock = Lock()
         self._spans = functools.lru_cache(maxsize=open_shards)(self._read_index)
         self._receipt = functools.lru_cache(maxsize=open_shards)(self._read_receipt)
         for shard in self.shards:
@@ -135,11 +138,12 @@ class SampleReader:
         return data
 
     def _read_local(self, shard: int, index: int, where: str) -> bytes:
-        try:
-            descriptor = self._descriptor(shard)
-        except OSError as error:
-            raise SampleError(f"{where}: cannot be opened ({error.strerror})") from error
-        return self._read_span(descriptor, shard, index, where)
+        with self._lock:  # nobody closes the file meanwhile
+            try:
+                descriptor = self._descriptor(shard)
+            except OSError as error:
+                raise SampleError(f"{where}: cannot be opened ({error.strerror})") from error
+            return self._read_span(descriptor, shard, index, where)
 
     def _read_cached(self, shard: int, index: int, where: str) -> bytes:
         if self.cache is None:

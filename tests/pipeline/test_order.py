@@ -79,6 +79,16 @@ def test_a_step_does_not_depend_on_what_was_asked_before(order: Order, step: int
     assert pairs(order.samples_of(step)) == pairs(fresh.samples_of(step))
 
 
+@given(orders(), st.integers(0, 500), st.data())
+def test_some_places_of_a_step_are_a_part_of_it(
+    order: Order, step: int, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, order.global_size))
+    stop = data.draw(st.integers(start, order.global_size))
+    part = order.samples_of(step, range(start, stop))
+    assert pairs(part) == pairs(order.samples_of(step))[start:stop]
+
+
 def test_epochs_and_seeds_differ() -> None:
     def keys(seed: int, epoch: int) -> list[tuple[int, int]]:
         order = Order([50, 50, 50], seed=seed, global_size=10, micro_size=5)
