@@ -6,6 +6,7 @@ batches, and prefetching never moves a cursor. What the bytes mean is `pipeline.
 
 import contextlib
 import ctypes
+import errno
 import functools
 import itertools
 import math
@@ -37,7 +38,7 @@ from pipeline.order import (
     validation_uses,
 )
 from pipeline.slots import InSlot, Slots
-from pipeline.threads import Threads, one_ahead
+from pipeline.threads import Threads, some_ahead
 from pipeline.workers import Workers
 from shards import storage
 from shards.errors import redact
@@ -65,7 +66,7 @@ class SampleReader:
     from those of object stores through the node's `cache`. Without one, only their keys.
 
     Indexes and receipts are read when a shard is first needed, so opening costs the same for any
-    number of shards. May be used after a fork and pickled to a spawned worker.
+    number of shards. May be used by several threads, after a fork, and pickled to a spawned worker.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class SampleReader:
         """while a loader reads: what comes next"""
         self.open_shards = open_shards
         self._files: OrderedDict[int, int] = OrderedDict()
-        # An iteration that was given up may still read ahead when the next one begins.
+        # A thread may read ahead, for this iteration or for one that was given up.
         self._lock = Lock()
         self._spans = functools.lru_cache(maxsize=open_shards)(self._read_index)
         self._receipt = functools.lru_cache(maxsize=open_shards)(self._read_receipt)
@@ -132,7 +133,8 @@ class SampleReader:
             raise SampleError(f"{where}: cannot be read ({error.strerror})") from error
         if len(data) != span.size:
             raise SampleError(f"{where}: the shard ends inside the sample")
-        # By zlib-ng, in a sixth of zlib's time. After isal's, a PNG takes a third longer to decode.
+        # By zlib-ng, in a sixth of zlib's time. (isal is as fast, but where it was called before,
+        # the same PNGs took a third longer to decode.)
         if crc32(data) != self._receipt(shard).crc32[index]:
             raise SampleError(f"{where}: CRC-32 differs from the receipt's")
         return data
@@ -142,6 +144,8 @@ class SampleReader:
             try:
                 descriptor = self._descriptor(shard)
             except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                    raise  # it says nothing about the shard
                 raise SampleError(f"{where}: cannot be opened ({error.strerror})") from error
             return self._read_span(descriptor, shard, index, where)
 
@@ -277,8 +281,9 @@ class BatchDataset:
         Raises:
             UserError, FormatError: an index or a receipt is missing or damaged.
         """
-        if self.reader.schedule is not None:
-            self.reader.schedule.step = plan.step
+        schedule = self.reader.schedule
+        if schedule is not None:
+            schedule.step = plan.step
         ids = plan.ids
         places = list(zip(ids.shard_G.tolist(), ids.index_G.tolist(), strict=True))
         samples = (self._sample(*place) for place in places)
@@ -430,6 +435,7 @@ def make_loader(
 
     Raises:
         UserError, FormatError: as `BatchDataset` does, from a worker too; or a worker was killed.
+        RuntimeError: as `Workers.in_turn` does.
     """
     reader = dataset.reader
     with contextlib.ExitStack() as stack:
@@ -445,7 +451,7 @@ def make_loader(
             held = 2 * plans.num_together  # a step is computed, one is collected
             image_bytes = math.prod(dataset.image_CHW)
             slots = Slots(workers * _PREFETCH + held, plans.size * image_bytes)
-            # They are started before any thread of this process is.
+            # They are started before the threads of this loader.
             answer = _Answer(dataset, plans, slots, threads)
             team = Workers(answer, workers, prepare=_keep_freed_memory)
             stack.callback(team.close)
@@ -453,15 +459,16 @@ def make_loader(
             batches = map(_checked, team.in_turn(requests, ahead=_PREFETCH))
         else:
             decode = functools.partial(dataset.decode, threads=threads)
-            ahead = one_ahead(map(dataset.fetch, plans), decode)
+            ahead = some_ahead(map(dataset.fetch, plans), decode)
             batches = stack.enter_context(contextlib.closing(ahead))
         if pin:
             batches = map(Batch.pin_memory, batches)
         if pin and workers:
             device = torch.accelerator.current_device_index()
             prepare = functools.partial(_prepare_pinning, device)
-            ahead = one_ahead(batches, _as_is, prepare=prepare)
+            ahead = some_ahead(batches, _as_is, number=plans.num_together, prepare=prepare)
             batches = stack.enter_context(contextlib.closing(ahead))
+            stack.callback(team.hang_up)  # else that thread would be waited for
         if schedule is not None and reader.cache is not None and Node.of_environment().is_first:
             look_ahead = LookAhead(reader.cache, schedule, reader.prefetch)
             stack.callback(_end_look_ahead, look_ahead)
@@ -489,7 +496,8 @@ def _schedule_of(reader: SampleReader, plans: Plans, workers: int) -> Schedule:
 def _unfollow(reader: SampleReader, schedule: Schedule) -> None:
     if reader.cache is not None:
         reader.cache.unfollow(schedule)
-    reader.schedule = None
+    if reader.schedule is schedule:  # else another iteration has begun
+        reader.schedule = None
 
 
 def _end_look_ahead(look_ahead: LookAhead) -> None:

@@ -1,5 +1,6 @@
-"""Threads that go through the values of an iterator: a few together, or one ahead."""
+"""Threads that go through the values of an iterator: a few together, or some ahead."""
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Lock
@@ -61,17 +62,22 @@ class Threads:
             self._others = None
 
 
-def one_ahead(
+def some_ahead(
     values: Iterator[T],
     finish: Callable[[T], R],
     *,
+    number: int = 1,
     prepare: Callable[[], object] = lambda: None,
 ) -> Generator[R, None, None]:
-    """`finish` of every value. Another thread takes the next value while a finished one is in use;
-    `prepare` is what it does first. No value is None."""
+    """`finish` of every value, in this thread. Another takes the next `number` values while a
+    finished one is in use; `prepare` is what it does first. To close waits for what it is at.
+
+    No value is None.
+    """
     with ThreadPoolExecutor(1, "pixloom-ahead", prepare) as thread:
-        coming = thread.submit(next, values, None)
-        while (value := coming.result()) is not None:
-            finished = finish(value)
-            coming = thread.submit(next, values, None)
-            yield finished
+        coming = deque(thread.submit(next, values, None) for _ in range(number))
+        while (value := coming.popleft().result()) is not None:
+            finished = [finish(value)]
+            del value  # here nobody holds on to what was given away
+            coming.append(thread.submit(next, values, None))
+            yield finished.pop()

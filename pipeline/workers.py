@@ -11,11 +11,13 @@ import multiprocessing
 import os
 import select
 import signal
+import socket
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -48,10 +50,15 @@ class Workers(Generic[Q, A]):
             raise
         self._by_descriptor = {worker.pipe.fileno(): worker for worker in self._team}
 
-    def close(self) -> None:
-        """Ends them, whatever they are at."""
+    def hang_up(self) -> None:
+        """Takes and asks no more, in whatever thread: who waits for an answer gets an error. Each
+        worker ends after what it is at."""
         for worker in self._team:
-            worker.dismiss()  # all of them before the first is waited for
+            worker.hang_up()
+
+    def close(self) -> None:
+        """Ends them; kills those that take seconds for what they are at."""
+        self.hang_up()  # all of them before the first is waited for
         for worker in self._team:
             worker.end()
 
@@ -59,12 +66,14 @@ class Workers(Generic[Q, A]):
         """Answers to all requests, in their order; `ahead` times the number of workers are asked
         for before the first of them is taken.
 
-        A request has to be small, some numbers: while a worker hands over an answer, nobody takes
-        it.
+        Requests have to be small, some numbers: those that a worker has not come to yet lie in its
+        pipe. So do answers that nobody has taken yet; with larger ones than about 100 kB a worker
+        waits before it goes on.
 
         Raises:
-            UserError: a worker was killed.
-            RuntimeError: `answer` raised an error; the message is its traceback.
+            UserError: a worker was killed, or ended.
+            RuntimeError: `answer` raised an error, and the message is its traceback; or no more
+                files can be opened, which tensors in shared memory arrive as.
         """
         numbered = enumerate(requests)
         found: dict[int, A] = {}
@@ -120,9 +129,16 @@ class _Worker(Generic[Q, A]):
 
     def answer(self) -> tuple[int, A]:
         try:
-            found = self.pipe.recv()
+            data = self.pipe.recv_bytes()
         except (EOFError, OSError):
             raise UserError(self._died()) from None
+        try:
+            found = ForkingPickler.loads(data)
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(
+                f"a batch of a loader worker cannot be received ({error}): each that is kept takes "
+                "an open file, of which `ulimit -n` allows so many; keep copies of what you need"
+            ) from error
         if isinstance(found, _Failure):
             raise RuntimeError(f"in a loader worker:\n{found.trace}")
         self.answered += 1
@@ -133,17 +149,17 @@ class _Worker(Generic[Q, A]):
         status = self._process.exitcode
         if status is None or status >= 0:
             return f"a loader worker ended (exit status {status})"
-        name = signal.Signals(-status).name
+        name = signal.Signals(-status).name if -status in set(signal.Signals) else f"{-status}"
         hint = ", as happens when memory runs out: fewer workers need less of it"
         return f"a loader worker was killed ({name}){hint if name == 'SIGKILL' else ''}"
 
-    def dismiss(self) -> None:
-        # Said too: the pipe does not end while another process has inherited this end of it.
-        with contextlib.suppress(OSError):
-            self.pipe.send(None)
-        self.pipe.close()
+    def hang_up(self) -> None:
+        # Not only closed: the pipe would go on where another process has inherited this end of it.
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.pipe.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
 
     def end(self) -> None:
+        self.pipe.close()
         self._process.join(_END_S)
         self._process.kill()
         self._process.join()
@@ -166,20 +182,17 @@ def _serve(
     with contextlib.suppress(EOFError, OSError):  # the parent wants no more, or is gone
         for request in _received(pipe):
             try:
-                found = answer(request)
+                data = ForkingPickler.dumps(answer(request))
             except Exception:
-                found = _Failure(traceback.format_exc())
-            pipe.send(found)
+                data = ForkingPickler.dumps(_Failure(traceback.format_exc()))
+            pipe.send_bytes(data)
 
 
 def _received(pipe: Connection) -> Iterator[Any]:
-    """Requests, until there is none or nobody to make one."""
+    """Requests, until there is nobody to make one."""
     parent = os.getppid()
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
     while os.getppid() == parent:
         if poll.poll(_LOOK_S * 1000):
-            request = pipe.recv()
-            if request is None:
-                return
-            yield request
+            yield pipe.recv()

@@ -17,7 +17,7 @@ from pipeline.batch import Batch, RawSample, SampleError, assemble
 from pipeline.fit import Fit
 from pipeline.loader import Loader
 from pipeline.stream import decoding_threads
-from pipeline.threads import Threads, one_ahead
+from pipeline.threads import Threads, some_ahead
 from shards.storage import UserError
 
 FIT = Fit(40, 60)
@@ -110,7 +110,7 @@ def test_the_next_value_is_taken_while_one_is_in_use() -> None:
                 raise UserError("there is no fourth")
             yield number
 
-    ahead = one_ahead(values(), lambda number: (number, taken[number + 1].is_set()))
+    ahead = some_ahead(values(), lambda number: (number, taken[number + 1].is_set()))
     # None is taken while another is finished: that is what all cores are for.
     assert next(ahead) == (0, False)
     assert taken[1].wait(10)
@@ -118,7 +118,7 @@ def test_the_next_value_is_taken_while_one_is_in_use() -> None:
     assert next(ahead) == (2, False)
     with pytest.raises(UserError, match="no fourth"):
         next(ahead)
-    given_up = one_ahead(iter(range(9)), str)
+    given_up = some_ahead(iter(range(9)), str)
     assert next(given_up) == "0"
     given_up.close()
     assert not any(one.name.startswith("pixloom-ahead") for one in threading.enumerate())

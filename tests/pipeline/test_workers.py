@@ -137,10 +137,16 @@ def test_signals_to_the_whole_job_leave_workers_alone(children: Children, number
         assert [one for one, _ in answers] == list(range(1, 40))
 
 
-def test_a_team_ends_at_once_while_a_later_one_goes_on(children: Children) -> None:
-    """Processes that were forked later hold on to the ends of its pipes."""
-    with closing(Workers(work, 2, prepare=nothing)) as first:
-        next(first.in_turn(iter(range(9)), ahead=2))
+def many_bytes(size: int) -> bytes:
+    return bytes(size)
+
+
+@pytest.mark.parametrize("size", [10, 10**6])
+def test_a_team_ends_at_once_while_a_later_one_goes_on(children: Children, size: int) -> None:
+    """Processes that were forked later hold on to the ends of its pipes; and answers of this size
+    are not handed over before somebody takes them."""
+    with closing(Workers(many_bytes, 3, prepare=nothing)) as first:
+        next(first.in_turn(iter([size] * 9), ahead=3))
         with closing(Workers(work, 2, prepare=nothing)) as second:
             answers = second.in_turn(iter(range(30)), ahead=2)
             next(answers)
@@ -148,8 +154,19 @@ def test_a_team_ends_at_once_while_a_later_one_goes_on(children: Children) -> No
             start_s = time.monotonic()
             first.close()
             assert time.monotonic() - start_s < 4
-            assert len(children()) == theirs - 2
+            assert len(children()) == theirs - 3
             assert [one for one, _ in answers] == list(range(1, 30))
+
+
+def unpicklable(number: int) -> object:
+    return iter(number for _ in ())
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error_too() -> None:
+    with closing(Workers(unpicklable, 1, prepare=nothing)) as team:
+        answers = team.in_turn(iter(range(3)), ahead=1)
+        with pytest.raises(RuntimeError, match=r"(?s)in a loader worker.*cannot pickle"):
+            next(answers)
 
 
 SCRIPT = """
