@@ -1,7 +1,7 @@
 """Processes that answer requests, each over a pipe of its own, and hold no state.
 
-What PyTorch's DataLoader does with queues that all share, their locks and threads, takes a pipe for
-each worker: nothing waits for another, and the end of a pipe says at once that a worker died.
+PyTorch's DataLoader has queues that all workers share, with locks and threads, and asks them in
+fixed turns. Here no worker waits for another, and the end of its pipe says at once that one died.
 """
 
 import atexit
