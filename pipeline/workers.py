@@ -32,6 +32,8 @@ _LOOK_S = 5.0
 _END_S = 5.0
 """what a worker has to end what it was asked for before it is killed"""
 
+_IGNORED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
 
 class Workers(Generic[Q, A]):
     """So many processes, which call `prepare` once, and `answer` for every request."""
@@ -117,7 +119,12 @@ class _Worker(Generic[Q, A]):
         self._process = multiprocessing.Process(
             target=_serve, args=(theirs, self.pipe, answer, prepare), daemon=True
         )
-        self._process.start()
+        # A signal to the whole job may come before the worker has learnt to ignore it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # so that the pipe ends with the worker
         # Workers ignore the signal that ends other processes when this one's program does.
         atexit.register(self._process.kill)
@@ -175,8 +182,9 @@ def _serve(
     other_end.close()
     # SIGTERM to a whole job must reach the step's end: the parent stops, and its workers with it.
     # Else a worker dies of the signal, and the run with it, before anything is saved.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
     torch.set_num_threads(1)  # of one operation: all cores have a worker
     prepare()
     with contextlib.suppress(EOFError, OSError):  # the parent wants no more, or is gone
