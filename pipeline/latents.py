@@ -37,7 +37,7 @@ from pipeline.config import Config
 from pipeline.export import open_run
 from pipeline.models import Autoencoder
 from pipeline.models.autoencoder import Output
-from pipeline.order import SampleIds
+from pipeline.order import samples_at, shard_starts
 from pipeline.rng import torch_seed
 from pipeline.stream import BatchDataset, BatchPlan, ValidationPlans, make_loader
 from pipeline.tasks import AutoencoderTask, prepare_images
@@ -104,12 +104,9 @@ class Encoder:
 
     def at(self, positions: Sequence[int]) -> "Encoded":
         """The samples at these positions of the split, as one batch."""
-        samples = np.asarray(self.dataset.reader.shard_samples, dtype=np.int64)
-        starts = np.cumsum(samples) - samples
-        position = np.asarray(positions, dtype=np.int64)
-        shard = np.searchsorted(starts, position, side="right") - 1
-        index = position - starts[shard]
-        plan = BatchPlan(0, 0, 0, SampleIds(shard, index, np.zeros_like(shard)))
+        starts = shard_starts(self.dataset.reader.shard_samples)
+        ids = samples_at(starts, np.asarray(positions, dtype=np.int64))
+        plan = BatchPlan(0, 0, 0, ids)
         return self.encode(plan, self.dataset[plan])
 
     @torch.inference_mode()

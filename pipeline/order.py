@@ -50,6 +50,7 @@ class SampleIds:
 
     @classmethod
     def joined(cls, parts: Sequence["SampleIds"]) -> "SampleIds":
+        """One part after the other."""
         columns = zip(*((ids.shard_G, ids.index_G, ids.epoch_G) for ids in parts), strict=True)
         return cls(*map(np.concatenate, columns))
 
@@ -319,9 +320,13 @@ def validation_batches(shard_samples: Sequence[int], size: int) -> Iterator[Samp
 
 def validation_batch(starts: NDArray[np.int64], size: int, number: int) -> SampleIds:
     """The batch of this number, given `shard_starts`."""
-    position = np.arange(number * size, min((number + 1) * size, starts[-1]))
-    shard = np.searchsorted(starts, position, side="right") - 1
-    return SampleIds(shard, position - starts[shard], np.zeros_like(shard))
+    return samples_at(starts, np.arange(number * size, min((number + 1) * size, starts[-1])))
+
+
+def samples_at(starts: NDArray[np.int64], position_G: NDArray[np.int64]) -> SampleIds:
+    """The samples at these positions of the split in manifest order, given `shard_starts`."""
+    shard_G = np.searchsorted(starts, position_G, side="right") - 1
+    return SampleIds(shard_G, position_G - starts[shard_G], np.zeros_like(shard_G))
 
 
 def shard_starts(shard_samples: Sequence[int]) -> NDArray[np.int64]:

@@ -79,23 +79,21 @@ class Workers(Generic[Q, A]):
         """
         numbered = enumerate(requests)
         found: dict[int, A] = {}
-        num_asked = self._ask(itertools.islice(numbered, ahead * len(self._team)))
+        self._ask(itertools.islice(numbered, ahead * len(self._team)))
         for number in itertools.count():
-            if number == num_asked:
+            if not found and not any(worker.asked for worker in self._team):
                 return
             while number not in found:
                 found.update(self._answers(None))
             found.update(self._answers(0))
-            num_asked += self._ask(itertools.islice(numbered, 1))
+            self._ask(itertools.islice(numbered, 1))
             yield found.pop(number)
 
-    def _ask(self, numbered: Iterable[tuple[int, Q]]) -> int:
+    def _ask(self, numbered: Iterable[tuple[int, Q]]) -> None:
         """Asks whoever has least to do, the quickest of them: not in turns, because a worker whose
-        core others use too would hold up the rest. Returns how many requests there were."""
-        count = 0
-        for count, (number, request) in enumerate(numbered, 1):  # noqa: B007
+        core others use too would hold up the rest."""
+        for number, request in numbered:
             min(self._team, key=lambda one: (len(one.asked), -one.answered)).ask(number, request)
-        return count
 
     def _answers(self, timeout_ms: int | None) -> Iterator[tuple[int, A]]:
         """Those that have come, with their requests' numbers; waits for one."""

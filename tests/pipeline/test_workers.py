@@ -20,8 +20,7 @@ from pipeline.workers import Workers
 from shards.storage import UserError
 
 ROOT = Path(__file__).parents[2]
-fork_of_threads = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-pytestmark = fork_of_threads
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 def work(number: int) -> tuple[int, int]:
@@ -142,7 +141,7 @@ def many_bytes(size: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [10, 10**6])
-def test_a_team_ends_at_once_while_a_later_one_goes_on(children: Children, size: int) -> None:
+def test_a_team_ends_by_itself_while_a_later_one_goes_on(children: Children, size: int) -> None:
     """Processes that were forked later hold on to the ends of its pipes; and answers of this size
     are not handed over before somebody takes them."""
     with closing(Workers(many_bytes, 3, prepare=nothing)) as first:
@@ -151,9 +150,9 @@ def test_a_team_ends_at_once_while_a_later_one_goes_on(children: Children, size:
             answers = second.in_turn(iter(range(30)), ahead=2)
             next(answers)
             theirs = len(children())
-            start_s = time.monotonic()
             first.close()
-            assert time.monotonic() - start_s < 4
+            # None had to be killed, which would have taken five seconds each.
+            assert [worker._process.exitcode for worker in first._team] == [0, 0, 0]
             assert len(children()) == theirs - 3
             assert [one for one, _ in answers] == list(range(1, 30))
 
@@ -170,7 +169,7 @@ def test_an_answer_that_cannot_be_sent_is_an_error_too() -> None:
 
 
 SCRIPT = """
-import os, sys, time
+import time
 from pipeline.workers import Workers
 team = Workers(abs, 2, prepare=int)
 answers = team.in_turn(iter(range(100)), ahead=2)
