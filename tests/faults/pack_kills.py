@@ -181,16 +181,16 @@ class Campaign:
         """A pack under `strace`: its exit status, what it said, and the calls."""
         trace = self.folder / "trace"
         pid, release = self.forked(words)
-        command = ["strace", "-f", "-y", "-qq", "-p", str(pid), "-o", str(trace)]
+        command = ["strace", "-f", "-y", "-p", str(pid), "-o", str(trace)]
         command += ["-e", f"trace={','.join(CALLS)}", *options]
         tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        while "TracerPid:\t0" in Path(f"/proc/{pid}/status").read_text():
-            if tracer.poll() is not None:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                assert tracer.stderr is not None
-                raise SystemExit(f"strace ended with {tracer.stderr.read()}")
-            time.sleep(0.001)
+        assert tracer.stderr is not None
+        # Said once the process is stopped. /proc names the tracer before: calls between are missed.
+        line = tracer.stderr.readline()
+        if "attached" not in line:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise SystemExit(f"strace ended with {line}{tracer.stderr.read()}")
         os.write(release, b"x")
         os.close(release)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
