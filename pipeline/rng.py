@@ -5,6 +5,7 @@ every NumPy version, `permutation` sorts by them.
 """
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,16 +16,35 @@ def key(*parts: int | str) -> int:
 
     Parts are told apart by type and length, so `key(1, 23)` and `key(12, 3)` differ.
     """
-    digest = hashlib.blake2b(digest_size=16, person=b"pixloom-rng")
-    for part in parts:
-        text = part if isinstance(part, str) else str(int(part))
-        digest.update(f"{'s' if isinstance(part, str) else 'i'}{len(text)}:{text}".encode())
-    return int.from_bytes(digest.digest(), "little")
+    return int.from_bytes(_hash(parts).digest(), "little")
 
 
 def torch_seed(*parts: int | str) -> int:
     """63-bit seed for `torch.manual_seed`, in [0, 2**63)."""
     return key(*parts) >> 65
+
+
+def torch_seeds(first: Iterable[int | str], rests: Iterable[Iterable[int | str]]) -> list[int]:
+    """`torch_seed(*first, *rest)` for each of `rests`; what they have in common is hashed once."""
+    common = _hash(first)
+    seeds = []
+    for rest in rests:
+        digest = common.copy()
+        digest.update(_encoded(rest))
+        seeds.append(int.from_bytes(digest.digest(), "little") >> 65)
+    return seeds
+
+
+def _hash(parts: Iterable[int | str]) -> "hashlib.blake2b":
+    return hashlib.blake2b(_encoded(parts), digest_size=16, person=b"pixloom-rng")
+
+
+def _encoded(parts: Iterable[int | str]) -> bytes:
+    texts = []
+    for part in parts:
+        text = part if isinstance(part, str) else str(int(part))
+        texts.append(f"{'s' if isinstance(part, str) else 'i'}{len(text)}:{text}")
+    return "".join(texts).encode()
 
 
 def raw_uint64(stream_key: int, count: int) -> NDArray[np.uint64]:

@@ -16,6 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any, TypeVar
@@ -48,13 +49,16 @@ from shards.tokens import TokenizerFile
 
 T = TypeVar("T")
 
-# How a root is named in messages, computed once, not for every sample.
+# How a root is named in messages, and where it lies: computed once, not for every sample.
 _shown = functools.cache(redact)
+_is_remote = functools.cache(storage.is_remote)
 
 # File descriptors of one reader; a process may usually have 1024.
 _MAX_FILES = 256
 # Batches that are asked of each worker ahead of need.
 _PREFETCH = 3
+# Samples that are drawn together, to spare time; whole steps.
+_DRAWN = 1024
 # Decoding threads of one process: what they do in Python, they do one at a time.
 _MAX_THREADS = 8
 # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes.
@@ -113,8 +117,9 @@ class SampleReader:
             UserError: the storage does not answer.
         """
         span = self._spans(shard)[index]
-        where = f"{_shown(self.shards[shard].root)}/{self.shards[shard].entry.name} {span.key}"
-        if self.shards[shard].is_remote:
+        root, entry, _ = self.shards[shard]
+        where = f"{_shown(root)}/{entry.name} {span.key}"
+        if _is_remote(root):
             data = self._read_cached(shard, index, where)
         else:
             data = self._read_local(shard, index, where)
@@ -285,16 +290,14 @@ class BatchDataset:
         if schedule is not None:
             schedule.step = plan.step
         ids = plan.ids
-        places = list(zip(ids.shard_G.tolist(), ids.index_G.tolist(), strict=True))
+        epochs, *columns = (column.tolist() for column in (ids.epoch_G, ids.shard_G, ids.index_G))
+        places = list(zip(*columns, strict=True))
         samples = (self._sample(*place) for place in places)
         return RawBatch(
             plan,
             list(samples) if now else samples,
             [self.reader.key(*place) for place in places],
-            [
-                rng.torch_seed(self.seed, "augment", epoch, *place)
-                for epoch, place in zip(ids.epoch_G.tolist(), places, strict=True)
-            ],
+            rng.torch_seeds((self.seed, "augment"), zip(epochs, *columns, strict=True)),
         )
 
     def decode(
@@ -368,15 +371,25 @@ class TrainPlans(Plans):
 
     def __init__(self, order: Order, micros: range, start: int, stop: int) -> None:
         self.order, self.micros, self.start, self.stop = order, micros, start, stop
+        self._num_drawn = max(1, _DRAWN // (len(micros) * self.size)) * len(micros)
+        self._drawn: tuple[int, SampleIds] | None = None
 
     def __len__(self) -> int:
         return (self.stop - self.start) * len(self.micros)
 
     def __getitem__(self, number: int) -> BatchPlan:
-        micro, size = self.micros[number % len(self.micros)], self.order.micro_size
-        places = range(micro * size, (micro + 1) * size)
-        step = self.step_of(number)
-        return BatchPlan(step, micro, places.start, self.order.samples_of(step, places))
+        block, place = divmod(number, self._num_drawn)
+        drawn = self._drawn
+        if drawn is None or drawn[0] != block:
+            drawn = self._drawn = block, self._draw(block)
+        ids = drawn[1][place * self.size : (place + 1) * self.size]
+        micro = self.micros[number % len(self.micros)]
+        return BatchPlan(self.step_of(number), micro, micro * self.size, ids)
+
+    def _draw(self, block: int) -> SampleIds:
+        first, last = (self.step_of(at * self._num_drawn) for at in (block, block + 1))
+        places = range(self.micros.start * self.size, self.micros.stop * self.size)
+        return self.order.samples_of_steps(range(first, min(last, self.stop)), places)
 
     def step_of(self, number: int) -> int:
         return self.start + number // len(self.micros)
@@ -430,8 +443,9 @@ def make_loader(
 ) -> Generator[Batch, None, None]:
     """One `Batch` a plan, in the plans' order; with `pin` in page-locked memory, for a GPU.
 
-    So many worker processes read and decode; without any, this one does, and a thread of it reads
-    a batch ahead. Shards of object stores are fetched ahead by the first process of each node.
+    So many worker processes read and decode; without any, this one does, and one of its decoding
+    threads reads a batch ahead. Shards of object stores are fetched ahead by the first process of
+    each node.
 
     Raises:
         UserError, FormatError: as `BatchDataset` does, from a worker too; or a worker was killed.
@@ -459,15 +473,14 @@ def make_loader(
             batches = map(_checked, team.in_turn(requests, ahead=_PREFETCH))
         else:
             decode = functools.partial(dataset.decode, threads=threads)
-            ahead = some_ahead(map(dataset.fetch, plans), decode)
-            batches = stack.enter_context(contextlib.closing(ahead))
+            batches = threads.one_ahead(map(dataset.fetch, plans), decode)
         if pin:
             batches = map(Batch.pin_memory, batches)
         if pin and workers:
             device = torch.accelerator.current_device_index()
             prepare = functools.partial(_prepare_pinning, device)
-            ahead = some_ahead(batches, _as_is, number=plans.num_together, prepare=prepare)
-            batches = stack.enter_context(contextlib.closing(ahead))
+            thread = stack.enter_context(ThreadPoolExecutor(1, "pixloom-pin", prepare))
+            batches = some_ahead(thread, batches, _as_is, number=plans.num_together)
             stack.callback(team.hang_up)  # else that thread would be waited for
         if schedule is not None and reader.cache is not None and Node.of_environment().is_first:
             look_ahead = LookAhead(reader.cache, schedule, reader.prefetch)

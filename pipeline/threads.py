@@ -1,8 +1,8 @@
 """Threads that go through the values of an iterator: a few together, or some ahead."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from threading import Lock
 from typing import TypeVar
 
@@ -44,9 +44,8 @@ class Threads:
                 places = iter(())  # the others need not go on
                 raise
 
-        if self._others is None:
-            self._others = ThreadPoolExecutor(self.number - 1, "pixloom-decode")
-        others = [self._others.submit(work) for _ in range(self.number - 1)]
+        pool = self._pool()
+        others = [pool.submit(work) for _ in range(self.number - 1)]
         try:
             work()
         finally:
@@ -54,6 +53,18 @@ class Threads:
         for other in others:
             other.result()
         return [result for _, result in sorted(done, key=lambda pair: pair[0])]
+
+    def one_ahead(self, values: Iterator[T], finish: Callable[[T], R]) -> Iterator[R]:
+        """As `some_ahead`, by one of the others, if there are: a further thread would have memory
+        of its own, and a value would be used far from where it was made."""
+        if self.number == 1:
+            return map(finish, values)
+        return some_ahead(self._pool(), values, finish)
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._others is None:
+            self._others = ThreadPoolExecutor(self.number - 1, "pixloom-decode")
+        return self._others
 
     def close(self) -> None:
         """Ends the others."""
@@ -63,21 +74,16 @@ class Threads:
 
 
 def some_ahead(
-    values: Iterator[T],
-    finish: Callable[[T], R],
-    *,
-    number: int = 1,
-    prepare: Callable[[], object] = lambda: None,
-) -> Generator[R, None, None]:
-    """`finish` of every value, in this thread. Another takes the next `number` values while a
-    finished one is in use; `prepare` is what it does first. To close waits for what it is at.
+    thread: Executor, values: Iterator[T], finish: Callable[[T], R], *, number: int = 1
+) -> Iterator[R]:
+    """`finish` of every value, in this thread. The other one takes the next `number` values while a
+    finished one is in use.
 
     No value is None.
     """
-    with ThreadPoolExecutor(1, "pixloom-ahead", prepare) as thread:
-        coming = deque(thread.submit(next, values, None) for _ in range(number))
-        while (value := coming.popleft().result()) is not None:
-            finished = [finish(value)]
-            del value  # here nobody holds on to what was given away
-            coming.append(thread.submit(next, values, None))
-            yield finished.pop()
+    coming = deque(thread.submit(next, values, None) for _ in range(number))
+    while (value := coming.popleft().result()) is not None:
+        finished = [finish(value)]
+        del value  # here nobody holds on to what was given away
+        coming.append(thread.submit(next, values, None))
+        yield finished.pop()

@@ -17,7 +17,7 @@ from pipeline.batch import Batch, RawSample, SampleError, assemble
 from pipeline.fit import Fit
 from pipeline.loader import Loader
 from pipeline.stream import decoding_threads
-from pipeline.threads import Threads, some_ahead
+from pipeline.threads import Threads
 from shards.storage import UserError
 
 FIT = Fit(40, 60)
@@ -110,18 +110,35 @@ def test_the_next_value_is_taken_while_one_is_in_use() -> None:
                 raise UserError("there is no fourth")
             yield number
 
-    ahead = some_ahead(values(), lambda number: (number, taken[number + 1].is_set()))
-    # None is taken while another is finished: that is what all cores are for.
-    assert next(ahead) == (0, False)
-    assert taken[1].wait(10)
-    assert next(ahead) == (1, False)
-    assert next(ahead) == (2, False)
-    with pytest.raises(UserError, match="no fourth"):
-        next(ahead)
-    given_up = some_ahead(iter(range(9)), str)
-    assert next(given_up) == "0"
-    given_up.close()
-    assert not any(one.name.startswith("pixloom-ahead") for one in threading.enumerate())
+    def finished(number: int) -> tuple[int, bool]:
+        return number, taken[number + 1].is_set()
+
+    with contextlib.closing(Threads(2)) as threads:
+        ahead = threads.one_ahead(values(), finished)
+        # None is taken while another is finished: that is what all cores are for.
+        assert next(ahead) == (0, False)
+        assert taken[1].wait(10)
+        assert next(ahead) == (1, False)
+        assert next(ahead) == (2, False)
+        with pytest.raises(UserError, match="no fourth"):
+            next(ahead)
+        given_up = threads.one_ahead(iter(range(9)), str)
+        assert next(given_up) == "0"
+    assert not any(one.name.startswith("pixloom-decode") for one in threading.enumerate())
+
+
+def test_a_thread_alone_takes_no_value_ahead() -> None:
+    taken: list[int] = []
+
+    def values() -> Iterator[int]:
+        for number in range(3):
+            taken.append(number)
+            yield number
+
+    for number, finished in enumerate(Threads(1).one_ahead(values(), str)):
+        assert finished == str(number)
+        assert taken == list(range(number + 1))
+    assert len(taken) == 3
 
 
 @pytest.fixture

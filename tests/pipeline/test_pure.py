@@ -26,6 +26,13 @@ def test_keys_are_stable_and_tell_parts_apart() -> None:
     assert 0 <= rng.torch_seed(5) < 2**63
 
 
+def test_seeds_hashed_together_are_those_hashed_one_by_one() -> None:
+    rests = [(0, 1, 23), (0, 12, 3), (2**40, "x", -1), ()]
+    seeds = rng.torch_seeds((7, "augment"), rests)
+    assert seeds == [rng.torch_seed(7, "augment", *rest) for rest in rests]
+    assert len(set(seeds)) == len(rests)
+
+
 @given(st.integers(0, 2**128 - 1), st.integers(0, 200))
 def test_permutations_are_permutations(key: int, count: int) -> None:
     assert sorted(rng.permutation(key, count).tolist()) == list(range(count))
