@@ -247,7 +247,7 @@ class RawBatch:
     """The bytes of a batch, and what decoding them adds to it."""
 
     plan: BatchPlan
-    samples: Iterable[RawSample | SampleError]
+    samples: list[RawSample | SampleError]
     keys: list[str]
     augment_keys: list[int]
 
@@ -280,8 +280,8 @@ class BatchDataset:
         """
         return self.decode(self.fetch(plan))
 
-    def fetch(self, plan: BatchPlan, *, now: bool = True) -> RawBatch:
-        """Reads one batch; all of it `now`, or each sample when it is asked for.
+    def fetch(self, plan: BatchPlan) -> RawBatch:
+        """Reads one batch, all of it before any is decoded: in turns, both take longer by 2%.
 
         Raises:
             UserError, FormatError: an index or a receipt is missing or damaged.
@@ -292,10 +292,9 @@ class BatchDataset:
         ids = plan.ids
         epochs, *columns = (column.tolist() for column in (ids.epoch_G, ids.shard_G, ids.index_G))
         places = list(zip(*columns, strict=True))
-        samples = (self._sample(*place) for place in places)
         return RawBatch(
             plan,
-            list(samples) if now else samples,
+            [self._sample(*place) for place in places],
             [self.reader.key(*place) for place in places],
             rng.torch_seeds((self.seed, "augment"), zip(epochs, *columns, strict=True)),
         )
@@ -544,7 +543,7 @@ class _Answer:
         number, slot = request
         memory = new_shared(self.slots.size) if slot is None else self.slots.memory(slot)
         try:
-            raw = self.dataset.fetch(self.plans[number], now=False)
+            raw = self.dataset.fetch(self.plans[number])
             batch = self.dataset.decode(raw, memory, self.threads)
         except (UserError, FormatError) as error:
             return error

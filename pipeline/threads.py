@@ -25,8 +25,7 @@ class Threads:
         have come to rest.
         """
         if self.number == 1:
-            # All of them first: in turns, reading files and decoding images take 2% longer.
-            return [function(place, value) for place, value in enumerate(list(values))]
+            return [function(place, value) for place, value in enumerate(values)]
         places: Iterator[tuple[int, T]] = enumerate(values)
         lock = Lock()
         done: list[tuple[int, R]] = []
