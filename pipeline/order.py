@@ -252,20 +252,14 @@ class Order:
     def samples_of(self, step: int, places: range | None = None) -> SampleIds:
         """The global batch of a step, in order: `global_size` ids, or those at some places of it,
         which cost no more than they are."""
-        return self.samples_of_steps(range(step, step + 1), places)
-
-    def samples_of_steps(self, steps: range, places: range | None = None) -> SampleIds:
-        """`samples_of` every step, one after the other: for several, in less time than one by
-        one."""
         places = range(self.global_size) if places is None else places
-        of_lanes = []
+        parts = []
         for lane in range(places.start // self.per_lane, -(-places.stop // self.per_lane)):
             first = max(places.start - lane * self.per_lane, 0)
-            of_lanes.append((lane, first, min(places.stop - lane * self.per_lane, self.per_lane)))
-        starts = range(steps.start * self.per_lane, steps.stop * self.per_lane, self.per_lane)
-        return self._draw(
-            [(lane, at + first, at + last) for at in starts for lane, first, last in of_lanes]
-        )
+            last = min(places.stop - lane * self.per_lane, self.per_lane)
+            start = step * self.per_lane
+            parts.append((lane, start + first, start + last))
+        return self._draw(parts)
 
     def micros_of(self, rank: int, world_size: int) -> range:
         """The microbatches of every step that this rank computes: [rM/W, (r+1)M/W).

@@ -57,8 +57,6 @@ _is_remote = functools.cache(storage.is_remote)
 _MAX_FILES = 256
 # Batches that are asked of each worker ahead of need.
 _PREFETCH = 3
-# Samples that are drawn together, to spare time; whole steps.
-_DRAWN = 1024
 # Decoding threads of one process: what they do in Python, they do one at a time.
 _MAX_THREADS = 8
 # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes.
@@ -370,25 +368,15 @@ class TrainPlans(Plans):
 
     def __init__(self, order: Order, micros: range, start: int, stop: int) -> None:
         self.order, self.micros, self.start, self.stop = order, micros, start, stop
-        self._num_drawn = max(1, _DRAWN // (len(micros) * self.size)) * len(micros)
-        self._drawn: tuple[int, SampleIds] | None = None
 
     def __len__(self) -> int:
         return (self.stop - self.start) * len(self.micros)
 
     def __getitem__(self, number: int) -> BatchPlan:
-        block, place = divmod(number, self._num_drawn)
-        drawn = self._drawn
-        if drawn is None or drawn[0] != block:
-            drawn = self._drawn = block, self._draw(block)
-        ids = drawn[1][place * self.size : (place + 1) * self.size]
-        micro = self.micros[number % len(self.micros)]
-        return BatchPlan(self.step_of(number), micro, micro * self.size, ids)
-
-    def _draw(self, block: int) -> SampleIds:
-        first, last = (self.step_of(at * self._num_drawn) for at in (block, block + 1))
-        places = range(self.micros.start * self.size, self.micros.stop * self.size)
-        return self.order.samples_of_steps(range(first, min(last, self.stop)), places)
+        micro, size = self.micros[number % len(self.micros)], self.order.micro_size
+        places = range(micro * size, (micro + 1) * size)
+        step = self.step_of(number)
+        return BatchPlan(step, micro, places.start, self.order.samples_of(step, places))
 
     def step_of(self, number: int) -> int:
         return self.start + number // len(self.micros)

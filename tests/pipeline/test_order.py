@@ -89,17 +89,6 @@ def test_some_places_of_a_step_are_a_part_of_it(
     assert pairs(part) == pairs(order.samples_of(step))[start:stop]
 
 
-@given(orders(), st.integers(0, 500), st.integers(1, 40), st.data())
-def test_steps_drawn_together_are_those_drawn_one_by_one(
-    order: Order, first: int, count: int, data: st.DataObject
-) -> None:
-    start = data.draw(st.integers(0, order.global_size))
-    places = range(start, data.draw(st.integers(start, order.global_size)))
-    steps = range(first, first + count)
-    one_by_one = [pair for step in steps for pair in pairs(order.samples_of(step, places))]
-    assert pairs(order.samples_of_steps(steps, places)) == one_by_one
-
-
 def test_epochs_and_seeds_differ() -> None:
     def keys(seed: int, epoch: int) -> list[tuple[int, int]]:
         order = Order([50, 50, 50], seed=seed, global_size=10, micro_size=5)

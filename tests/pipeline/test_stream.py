@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline import stream
 from pipeline.batch import Batch, SampleError
 from pipeline.order import Order, validation_batches
 from pipeline.stream import (
@@ -117,24 +116,6 @@ def test_any_workers_see_the_same_order(
     screens: Path, layout: dict[str, int], world_size: int, workers: int, shards: int, cut: int
 ) -> None:
     check_one_order(screens, layout, world_size, workers, shards, cut)
-
-
-def test_a_plan_is_the_same_whichever_was_asked_for_before() -> None:
-    """More samples than are drawn together."""
-    order = Order([40, 60, 300], seed=3, global_size=24, micro_size=4, window=50)
-    micros, start, stop = order.micros_of(1, 4), 5, 1005
-    plans = TrainPlans(order, micros, start, stop)
-    assert len(plans) * order.micro_size > 2 * stream._DRAWN
-    for number in (0, 1, 1999, 1998, 2, 300, 255, 256, 511, 512, 1, 700):
-        plan, step = plans[number], start + number // len(micros)
-        assert (plan.step, plan.micro) == (step, micros[number % len(micros)])
-        assert plan.first_place == plan.micro * order.micro_size
-        places = range(plan.first_place, plan.first_place + order.micro_size)
-        ids = order.samples_of(step, places)
-        assert plan.ids.shard_G.tolist() == ids.shard_G.tolist()
-        assert plan.ids.index_G.tolist() == ids.index_G.tolist()
-        assert plan.ids.epoch_G.tolist() == ids.epoch_G.tolist()
-    assert [plan.step for plan in plans] == [step for step in range(start, stop) for _ in micros]
 
 
 def test_an_epoch_through_workers_holds_each_sample_once(screens: Path) -> None:
