@@ -330,7 +330,7 @@ class NodeCache:
         outlook: Outlook | None = None,
     ) -> T:
         """`parse(text, url)` of a small file beside the shard; fetched once a node. `outlook` is
-        needed outside the main thread.
+        that of a thread that goes on while this process forks; none for who reads samples.
 
         Raises what `parse` raises of the file as it is on the storage; UserError when there is
         none or the storage does not answer.
