@@ -8,7 +8,7 @@ Data sets are `jpeg` (photograph-like, 500x375, about 50 kB, as in ImageNet), `p
 makes shuffled float32 batches of 32, 224x224, normalised, of the same files, which are in the page
 cache. The rows of one round run one after the other, each loader in a process of its own that waits
 meanwhile; a figure is the median over `--rounds`, in images a second, a ratio that of the rounds'
-own ratios; ours and the ceiling run six times a round, right after one another in turn.
+own ratios; ours and the ceiling run 16 times a round, right after one another in turn.
 
 `over_fastest_peer` is ours divided by the fastest other loader, at the number of workers where
 this is lowest. `of_ceiling` is ours divided by the ceiling, at its lowest too: the ceiling is the
@@ -126,7 +126,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             for number in workers:
                 ask = functools.partial(_ask, children, request, kind, number)
                 # Rows of a second or two, in which the machine's own pace may change.
-                for name, found in one_round(children, turn, ask, pairs=6).items():
+                for name, found in one_round(children, turn, ask, pairs=16).items():
                     speeds.setdefault((name, number), []).append(found["images_per_s"])
                     if number == 0:
                         cpu_speeds.setdefault(name, []).append(found["images_per_cpu_s"])

@@ -100,7 +100,7 @@ def test_an_error_while_reading_waits_for_what_is_being_decoded() -> None:
     assert torch.equal(memory, left)
 
 
-def test_the_next_value_is_taken_while_one_is_in_use() -> None:
+def test_the_next_value_is_taken_while_one_is_finished() -> None:
     taken = [threading.Event() for _ in range(4)]
 
     def values() -> Iterator[int]:
@@ -111,20 +111,39 @@ def test_the_next_value_is_taken_while_one_is_in_use() -> None:
             yield number
 
     def finished(number: int) -> tuple[int, bool]:
-        return number, taken[number + 1].is_set()
+        return number, taken[number + 1].wait(10)
 
     with contextlib.closing(Threads(2)) as threads:
         ahead = threads.one_ahead(values(), finished)
-        # None is taken while another is finished: that is what all cores are for.
-        assert next(ahead) == (0, False)
-        assert taken[1].wait(10)
-        assert next(ahead) == (1, False)
-        assert next(ahead) == (2, False)
+        assert next(ahead) == (0, True)
+        assert not taken[2].is_set()
+        assert next(ahead) == (1, True)
+        assert next(ahead) == (2, True)
         with pytest.raises(UserError, match="no fourth"):
             next(ahead)
         given_up = threads.one_ahead(iter(range(9)), str)
         assert next(given_up) == "0"
     assert not any(one.name.startswith("pixloom-decode") for one in threading.enumerate())
+
+
+def test_a_value_that_is_long_in_coming_holds_up_none_before_it() -> None:
+    """The thread that waits for it is one of those that share the work on the others."""
+    coming = threading.Event()
+
+    def values() -> Iterator[range]:
+        yield range(3)
+        assert coming.wait(10), "the first value was not finished"
+        yield range(2)
+
+    with contextlib.closing(Threads(2)) as threads:
+
+        def finish(numbers: range) -> list[str]:
+            return threads.map(lambda _, number: str(number), numbers)
+
+        ahead = threads.one_ahead(values(), finish)
+        assert next(ahead) == ["0", "1", "2"]
+        coming.set()
+        assert list(ahead) == [["0", "1"]]
 
 
 def test_a_thread_alone_takes_no_value_ahead() -> None:
