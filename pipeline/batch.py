@@ -14,7 +14,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from shards.format import PAD, TOKENS_EXTENSION, code_extension, image_extension
 
 _CACHED_VALUES = 2**21
 """float32, 8 MB: what a processor's cache holds."""
+_SMALL_DTYPES = torch.int64, torch.float32, torch.int64
+"""of tokens, weights and keys of augmentation"""
 _MAX_FREE = 2
 """Batches of float32 whose memory is kept: one is used while the next one is made."""
 
@@ -37,8 +39,7 @@ class SampleError(Exception):
     """A sample's bytes are not what its shard's receipt says; the message names shard and key."""
 
 
-@dataclass(frozen=True)
-class RawSample:
+class RawSample(NamedTuple):
     """A sample's members by extension; `where` names shard and key for messages."""
 
     where: str
@@ -122,11 +123,12 @@ class Batch:
         return float_BHR.view(image_BHWC.shape).permute(0, 3, 1, 2)
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        # From a worker, a tensor travels as a descriptor of shared memory, which costs more than
-        # a few numbers do: the images go that way alone.
-        small = (self.token_BT.numpy(), self.weight_B.numpy(), self.augment_key_B.numpy())
+        # From a worker, a tensor travels as a descriptor of shared memory, and an array with names
+        # that are looked up; both cost more than a few numbers do. The images go that way alone.
+        small = self.token_BT, self.weight_B, self.augment_key_B
+        numbers = [tensor.numpy().tobytes() for tensor in small]
         rest = (self.keys, self.step, self.micro, self.first_place, self.bad)
-        return _unpickled, (self.image_BCHW.permute(0, 2, 3, 1), small, rest)
+        return _unpickled, (self.image_BCHW.permute(0, 2, 3, 1), numbers, rest)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return dataclasses.replace(
@@ -308,6 +310,13 @@ def new_shared(size: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(new(size))
 
 
-def _unpickled(image_BHWC: Tensor, small: tuple[NDArray[Any], ...], rest: tuple[Any, ...]) -> Batch:
-    token_BT, weight_B, augment_key_B = map(torch.from_numpy, small)
+def _unpickled(image_BHWC: Tensor, numbers: list[bytes], rest: tuple[Any, ...]) -> Batch:
+    token, weight_B, augment_key_B = map(_from_bytes, numbers, _SMALL_DTYPES)
+    batch = len(weight_B)
+    token_BT = token.view(batch, len(token) // batch)
     return Batch(image_BHWC.permute(0, 3, 1, 2), token_BT, weight_B, augment_key_B, *rest)
+
+
+def _from_bytes(data: bytes, dtype: torch.dtype) -> Tensor:
+    # Of a copy, which may be written to; PyTorch refuses an empty one.
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)

@@ -15,6 +15,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class SampleIds:
 
     @classmethod
     def joined(cls, parts: Sequence["SampleIds"]) -> "SampleIds":
-        """One part after the other."""
+        """One part after the other; there may be none."""
+        parts = parts or [cls(*np.empty((3, 0), dtype=np.int64))]
         columns = zip(*((ids.shard_G, ids.index_G, ids.epoch_G) for ids in parts), strict=True)
         return cls(*map(np.concatenate, columns))
 
@@ -65,7 +67,8 @@ class ShardUse(NamedTuple):
 
 @dataclass(frozen=True)
 class _Epoch:
-    """Shards in this epoch's order, and `starts[k]` = samples before the k-th of them."""
+    """Shards (of all datasets') in this epoch's order, and `starts[k]` = samples before the k-th of
+    them."""
 
     shards: NDArray[np.int64]
     starts: NDArray[np.int64]
@@ -122,15 +125,12 @@ class Lanes:
                 take = min(stop - start, self._window_stop(place) - place)
                 pieces.append((epoch, self._positions(epoch, lane, place, take)))
                 start += take
-        found = [SampleIds(*np.empty((3, 0), dtype=np.int64))]
         # Looked up together as long as they are of one epoch, as mostly all of them are.
-        for epoch, of_epoch in itertools.groupby(pieces, key=lambda piece: piece[0]):
-            layout, position = self._epoch(epoch), np.concatenate([piece for _, piece in of_epoch])
-            shard = np.searchsorted(layout.starts, position, side="right") - 1
-            shard_G, index_G = layout.shards[shard], position - layout.starts[shard]
-            epoch_G = np.full(len(position), epoch)
-            found.append(SampleIds(shard_G + self.first_shard, index_G, epoch_G))
-        return found[-1] if len(found) <= 2 else SampleIds.joined(found)
+        found = [
+            self._looked_up(epoch, np.concatenate([piece for _, piece in of_epoch]))
+            for epoch, of_epoch in itertools.groupby(pieces, key=operator.itemgetter(0))
+        ]
+        return found[0] if len(found) == 1 else SampleIds.joined(found)
 
     def windows(self, lane: int, start: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
         """A lane's windows from place `start` on, endless: their places [start, stop), and the
@@ -143,11 +143,21 @@ class Lanes:
                 # All of the window, in whatever order: nothing needs to be shuffled to know.
                 layout = self._epoch(epoch)
                 low, high = np.searchsorted(layout.starts, (first, last - 1), side="right")
-                shards = np.sort(layout.shards[low - 1 : high]) + self.first_shard
+                shards = np.sort(layout.shards[low - 1 : high])
             else:
                 shards = np.unique(self.draw([(lane, start, stop)]).shard_G)
             yield start, stop, tuple(shards.tolist())
             start = stop
+
+    def _looked_up(self, epoch: int, position_G: NDArray[np.int64]) -> SampleIds:
+        """The samples at these positions of the epoch's sequence."""
+        layout = self._epoch(epoch)
+        # Methods, not NumPy's functions: between two batches all code is cold, the shorter way to
+        # the same loop in C takes half the time.
+        shard = layout.starts.searchsorted(position_G, "right") - 1
+        epoch_G = np.empty_like(position_G)
+        epoch_G.fill(epoch)
+        return SampleIds(layout.shards[shard], position_G - layout.starts[shard], epoch_G)
 
     def _window_stop(self, place: int) -> int:
         """The end of the window around a place of a lane's epoch, or of the epoch."""
@@ -176,7 +186,7 @@ class Lanes:
         # Empty shards hold no position: leaving them out keeps `starts` strictly increasing.
         shards = shards[self.shard_samples[shards] > 0]
         ends = np.cumsum(self.shard_samples[shards])
-        return _Epoch(shards, np.concatenate([[0], ends[:-1]]))
+        return _Epoch(shards + self.first_shard, np.concatenate([[0], ends[:-1]]))
 
 
 class Order:

@@ -24,7 +24,7 @@ class Slots:
     def __init__(self, number: int, size: int) -> None:
         self.size = size
         self.key = next(_keys)
-        self._memory = new_shared(number * size)
+        self._memory = new_shared(number * size).view(number, size).unbind()
         self._free = list(range(number))
         _slots[self.key] = self
 
@@ -35,11 +35,11 @@ class Slots:
 
     def memory(self, slot: int) -> Tensor:
         """uint8 (size)"""
-        return self._memory[slot * self.size : (slot + 1) * self.size]
+        return self._memory[slot]
 
     def lend(self, slot: int, shape: tuple[int, ...]) -> Tensor:
         """uint8 of `shape`, what a worker left there. The slot is free when all views are gone."""
-        array = self.memory(slot).numpy()[: math.prod(shape)]
+        array = self._memory[slot].numpy()[: math.prod(shape)]
         return lend(array, functools.partial(self._free.append, slot)).view(shape)
 
 

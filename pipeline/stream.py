@@ -114,52 +114,49 @@ class SampleReader:
             SampleError: the bytes are damaged or the shard is cut short or missing.
             UserError: the storage does not answer.
         """
-        span = self._spans(shard)[index]
-        root, entry, _ = self.shards[shard]
-        where = f"{_shown(root)}/{entry.name} {span.key}"
-        if _is_remote(root):
-            data = self._read_cached(shard, index, where)
-        else:
-            data = self._read_local(shard, index, where)
-        view, offset = memoryview(data), span.offset
-        members = {
-            member.extension: view[member.offset - offset : member.offset - offset + member.size]
-            for member in span.members
-        }
-        return RawSample(where, span.key, members)
-
-    def _read_span(self, descriptor: int, shard: int, index: int, where: str) -> bytes:
-        span = self._spans(shard)[index]
-        try:
-            data = os.pread(descriptor, span.size, span.offset)
-        except OSError as error:
-            raise SampleError(f"{where}: cannot be read ({error.strerror})") from error
-        if len(data) != span.size:
-            raise SampleError(f"{where}: the shard ends inside the sample")
-        # By zlib-ng, in a sixth of zlib's time. (isal is as fast, but where it was called before,
-        # the same PNGs took a third longer to decode.)
-        if crc32(data) != self._receipt(shard).crc32[index]:
-            raise SampleError(f"{where}: CRC-32 differs from the receipt's")
-        return data
-
-    def _read_local(self, shard: int, index: int, where: str) -> bytes:
+        if _is_remote(self.shards[shard].root):
+            return self._read_cached(shard, index)
         with self._lock:  # nobody closes the file meanwhile
             try:
                 descriptor = self._descriptor(shard)
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                     raise  # it says nothing about the shard
+                where = self._where(shard, self._spans(shard)[index].key)
                 raise SampleError(f"{where}: cannot be opened ({error.strerror})") from error
-            return self._read_span(descriptor, shard, index, where)
+            return self._read_from(descriptor, shard, index)
 
-    def _read_cached(self, shard: int, index: int, where: str) -> bytes:
+    def _read_from(self, descriptor: int, shard: int, index: int) -> RawSample:
+        span = self._spans(shard)[index]
+        offset, size, where = span.offset, span.size, self._where(shard, span.key)
+        try:
+            data = os.pread(descriptor, size, offset)
+        except OSError as error:
+            raise SampleError(f"{where}: cannot be read ({error.strerror})") from error
+        if len(data) != size:
+            raise SampleError(f"{where}: the shard ends inside the sample")
+        # By zlib-ng, in a sixth of zlib's time. (isal is as fast, but where it was called before,
+        # the same PNGs took a third longer to decode.)
+        if crc32(data) != self._receipt(shard).crc32[index]:
+            raise SampleError(f"{where}: CRC-32 differs from the receipt's")
+        view, members = memoryview(data), {}
+        for member in span.members:
+            first = member.offset - offset
+            members[member.extension] = view[first : first + member.size]
+        return RawSample(where, span.key, members)
+
+    def _where(self, shard: int, key: str) -> str:
+        root, entry, _ = self.shards[shard]
+        return f"{_shown(root)}/{entry.name} {key}"
+
+    def _read_cached(self, shard: int, index: int) -> RawSample:
         if self.cache is None:
             raise UserError(f"{self.shards[shard].url}: on an object store, and there is no cache")
         while True:
             # Opened for each sample: a file held open would keep its room after its eviction.
             descriptor = self.cache.open(self.shards[shard], self.schedule)
             try:
-                return self._read_span(descriptor, shard, index, where)
+                return self._read_from(descriptor, shard, index)
             except SampleError:
                 if not self.cache.recheck(self.shards[shard]):
                     raise

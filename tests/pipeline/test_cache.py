@@ -476,6 +476,22 @@ def test_an_index_that_goes_bad_is_fetched_again(open_reader: OpenReader) -> Non
     assert all(read_all(open_reader(), 0))
 
 
+def test_after_a_wrong_index_members_are_cut_by_the_right_one(
+    open_reader: OpenReader, url: str, screens: Path
+) -> None:
+    entry = load_manifest(url).splits["train"][0]
+    text = (screens / entry.index_name).read_text()
+    head, first, *lines = text.splitlines()
+    extension, offset, size, *words = first.split(" ")
+    wrong = " ".join([extension, str(int(offset) + 1), size, *words])
+    put(f"{url}/{entry.index_name}", "\n".join([head, wrong, *lines, ""]).encode())
+    reader = open_reader()
+    assert reader.key(0, 0)  # the index was read
+    put(f"{url}/{entry.index_name}", text.encode())
+    local = SampleReader([Shard(str(screens), entry)])
+    assert reader.read(0, 0).members == local.read(0, 0).members
+
+
 def test_a_sample_that_its_receipt_disowns_stays_bad(
     open_reader: OpenReader, proxy: FaultyProxy, url: str, screens: Path
 ) -> None:
