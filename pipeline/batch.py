@@ -4,7 +4,8 @@ Images stay uint8 until they are on the device; conversion and augmentation happ
 (`pipeline.tasks`). A sample that cannot be read or decoded keeps its place with weight 0, so that
 damage never shifts the order.
 
-Legend of shape suffixes: B batch, C channels, H height, W width, T tokens (with <bos>, <eos>).
+Legend of shape suffixes: B batch, C channels, H height, W width, R values of a row (W times C),
+T tokens (with <bos>, <eos>).
 """
 
 import contextlib
@@ -28,7 +29,8 @@ from shards import images, tokens
 from shards.format import PAD, TOKENS_EXTENSION, code_extension, image_extension
 
 _CACHED_VALUES = 2**21
-"""float32, 8 MB: what a processor's cache holds."""
+"""float32, 8 MB: what a processor's cache holds. With less, Python's lock, which a reading thread
+wants too, is taken more often."""
 _SMALL_DTYPES = torch.int64, torch.float32, torch.int64
 """of tokens, weights and keys of augmentation"""
 _MAX_FREE = 2
@@ -95,7 +97,6 @@ class Batch:
         image_BCHW = self.image_BCHW.to(device or self.image_BCHW.device, non_blocking=True)
         image_BHWC = image_BCHW.permute(0, 2, 3, 1)
         batch, height, width, channels = image_BHWC.shape
-        # R is a row: its values, W times C.
         image_BHR = image_BHWC.flatten(2)
         scale_R = shift_R = None
         if mean is not None or std is not None:

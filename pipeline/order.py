@@ -152,8 +152,8 @@ class Lanes:
     def _looked_up(self, epoch: int, position_G: NDArray[np.int64]) -> SampleIds:
         """The samples at these positions of the epoch's sequence."""
         layout = self._epoch(epoch)
-        # Methods, not NumPy's functions: between two batches all code is cold, the shorter way to
-        # the same loop in C takes half the time.
+        # By methods: NumPy's functions of these names lead to them through Python code, which no
+        # cache holds any more after a batch was decoded.
         shard = layout.starts.searchsorted(position_G, "right") - 1
         epoch_G = np.empty_like(position_G)
         epoch_G.fill(epoch)

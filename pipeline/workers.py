@@ -83,9 +83,9 @@ class Workers(Generic[Q, A]):
         for number in itertools.count():
             if not found and not any(worker.asked for worker in self._team):
                 return
+            found.update(self._answers(0 if number in found else None))
             while number not in found:
                 found.update(self._answers(None))
-            found.update(self._answers(0))
             self._ask(itertools.islice(numbered, 1))
             yield found.pop(number)
 
