@@ -152,12 +152,8 @@ class Lanes:
     def _looked_up(self, epoch: int, position_G: NDArray[np.int64]) -> SampleIds:
         """The samples at these positions of the epoch's sequence."""
         layout = self._epoch(epoch)
-        # By methods: NumPy's functions of these names lead to them through Python code, which no
-        # cache holds any more after a batch was decoded.
-        shard = layout.starts.searchsorted(position_G, "right") - 1
-        epoch_G = np.empty_like(position_G)
-        epoch_G.fill(epoch)
-        return SampleIds(layout.shards[shard], position_G - layout.starts[shard], epoch_G)
+        ids = samples_at(layout.starts, position_G)
+        return SampleIds(layout.shards[ids.shard_G], ids.index_G, ids.epoch_G + epoch)
 
     def _window_stop(self, place: int) -> int:
         """The end of the window around a place of a lane's epoch, or of the epoch."""
@@ -334,8 +330,10 @@ def validation_batch(starts: NDArray[np.int64], size: int, number: int) -> Sampl
 
 
 def samples_at(starts: NDArray[np.int64], position_G: NDArray[np.int64]) -> SampleIds:
-    """The samples at these positions of the split in manifest order, given `shard_starts`."""
-    shard_G = np.searchsorted(starts, position_G, side="right") - 1
+    """The samples at these positions of shards that lie end to end, given `shard_starts`."""
+    # By the method: NumPy's function of this name leads to it through Python code, which no cache
+    # holds any more after a batch was decoded.
+    shard_G = starts.searchsorted(position_G, "right") - 1
     return SampleIds(shard_G, position_G - starts[shard_G], np.zeros_like(shard_G))
 
 
