@@ -48,6 +48,7 @@ from shards.storage import UserError
 from shards.tokens import TokenizerFile
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 # How a root is named in messages, and where it lies: computed once, not for every sample.
 _shown = functools.cache(redact)
@@ -55,8 +56,11 @@ _is_remote = functools.cache(storage.is_remote)
 
 # File descriptors of one reader; a process may usually have 1024.
 _MAX_FILES = 256
-# Batches that are asked of each worker ahead of need.
-_PREFETCH = 3
+# Batches that a worker is asked for in one request. It reads both, decodes both and sends both: the
+# second time, the code of each of these is still in the processor's cache.
+_TOGETHER = 2
+# Requests that each worker has ahead of need.
+_PREFETCH = 2
 # Decoding threads of one process: what they do in Python, they do one at a time.
 _MAX_THREADS = 8
 # glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes.
@@ -448,13 +452,13 @@ def make_loader(
         if workers:
             held = 2 * plans.num_together  # a step is computed, one is collected
             image_bytes = math.prod(dataset.image_CHW)
-            slots = Slots(workers * _PREFETCH + held, plans.size * image_bytes)
+            slots = Slots(_num_ahead(workers) + held, plans.size * image_bytes)
             # They are started before the threads of this loader.
             answer = _Answer(dataset, plans, slots, threads)
             team = Workers(answer, workers, prepare=_keep_freed_memory)
             stack.callback(team.close)
-            requests = _requests(plans, schedule, slots)
-            batches = map(_checked, team.in_turn(requests, ahead=_PREFETCH))
+            requests = _requests(plans, schedule, slots, workers)
+            batches = _one_by_one(team.in_turn(requests, ahead=_PREFETCH))
         else:
             decode = functools.partial(dataset.decode, threads=threads)
             batches = threads.one_ahead(map(dataset.fetch, plans), decode)
@@ -478,9 +482,14 @@ def decoding_threads(workers: int) -> int:
     return min(max(1, torch.get_num_threads() // max(1, workers)), _MAX_THREADS)
 
 
+def _num_ahead(workers: int) -> int:
+    """Batches, at most, that workers were asked for and that nobody has taken yet."""
+    return (workers * _PREFETCH + 1) * _TOGETHER - 1
+
+
 def _schedule_of(reader: SampleReader, plans: Plans, workers: int) -> Schedule:
     # A loader hands out so many plans at a time; the ranks of a node are a step apart at most.
-    num_plans = 1 + max(1, _PREFETCH * workers)
+    num_plans = 1 + (_num_ahead(workers) if workers else 1)
     slack_steps = (
         num_plans * plans.world_size
         if isinstance(plans, ValidationPlans)
@@ -504,42 +513,76 @@ def _end_look_ahead(look_ahead: LookAhead) -> None:
         print(f"pixloom: node {number} {look_ahead.line}", file=sys.stderr, flush=True)
 
 
-Request = tuple[int, int | None]
+Place = tuple[int, int | None]
 """The number of a plan, and the slot for its images."""
+Request = list[Place]
+Answer = list[Batch | InSlot | Exception]
+"""A batch a place, or as many as there are before an error."""
 
 
-def _requests(plans: Plans, schedule: Schedule | None, slots: Slots) -> Iterator[Request]:
-    for number in range(len(plans)):
+def _requests(
+    plans: Plans, schedule: Schedule | None, slots: Slots, workers: int
+) -> Iterator[Request]:
+    number, total = 0, len(plans)
+    while number < total:
+        # One by one while the first batch is waited for; and at the end, where else some workers
+        # would have nothing left to do.
+        alone = number < workers or total - number <= _num_ahead(workers)
+        numbers = range(number, number + (1 if alone else _TOGETHER))
         if schedule is not None:
-            schedule.step = plans.step_of(number)
-        yield number, slots.take()
+            schedule.step = plans.step_of(numbers[-1])
+        yield [(each, slots.take()) for each in numbers]
+        number = numbers.stop
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a worker does. Hands errors of the user's to its parent as values."""
+    """What a worker does. Hands errors of the user's to its parent as values, the last ones."""
 
     dataset: BatchDataset
     plans: Plans
     slots: Slots
     threads: Threads
 
-    def __call__(self, request: Request) -> Batch | InSlot | Exception:
-        number, slot = request
+    def __call__(self, request: Request) -> Answer:
+        raws = _up_to_an_error(self._fetch, request)
+        return _up_to_an_error(self._decode, zip(raws, request, strict=False))
+
+    def _fetch(self, place: Place) -> RawBatch:
+        return self.dataset.fetch(self.plans[place[0]])
+
+    def _decode(self, work: tuple[RawBatch | Exception, Place]) -> Batch | InSlot:
+        raw, (_, slot) = work
+        if isinstance(raw, Exception):
+            raise raw
         memory = new_shared(self.slots.size) if slot is None else self.slots.memory(slot)
-        try:
-            raw = self.dataset.fetch(self.plans[number])
-            batch = self.dataset.decode(raw, memory, self.threads)
-        except (UserError, FormatError) as error:
-            return error
+        batch = self.dataset.decode(raw, memory, self.threads)
         return batch if slot is None else InSlot(batch, self.slots.key, slot)
 
 
-def _checked(answer: Batch | InSlot | Exception) -> Batch:
-    if isinstance(answer, Exception):
-        raise answer
-    assert isinstance(answer, Batch)  # what an `InSlot` arrives as
-    return answer
+def _up_to_an_error(function: Callable[[T], R], values: Iterable[T]) -> list[R | Exception]:
+    """`function` of the values before the first that leads to an error of the user's, and that."""
+    results: list[R | Exception] = []
+    try:
+        for value in values:
+            results.append(function(value))
+    except (UserError, FormatError) as error:
+        results.append(error)
+    return results
+
+
+def _one_by_one(answers: Iterator[Answer]) -> Iterator[Batch]:
+    for answer in answers:
+        answer.reverse()
+        while answer:
+            yield _checked(answer.pop())  # here nobody holds on to what was given away
+
+
+def _checked(found: Batch | InSlot | Exception) -> Batch:
+    if isinstance(found, Exception):
+        raise found
+    assert isinstance(found, Batch)  # what an `InSlot` arrives as
+    return found
 
 
 def _keep_freed_memory() -> None:

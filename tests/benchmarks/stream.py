@@ -8,7 +8,9 @@ Data sets are `jpeg` (photograph-like, 500x375, about 50 kB, as in ImageNet), `p
 makes shuffled float32 batches of 32, 224x224, normalised, of the same files, which are in the page
 cache. The rows of one round run one after the other, each loader in a process of its own that waits
 meanwhile; a figure is the median over `--rounds`, in images a second, a ratio that of the rounds'
-own ratios; ours and the ceiling run 16 times a round, right after one another in turn.
+own ratios. Other loaders read an epoch a round, without its first three batches. Ours and the
+ceiling run for `--seconds` each, in slices of 0.3 s in turn, and are started anew every four: where
+its memory happens to lie makes one and the same process slower or faster by hundredths.
 
 `over_fastest_peer` is ours divided by the fastest other loader, at the number of workers where
 this is lowest. `of_ceiling` is ours divided by the ceiling, at its lowest too: the ceiling is the
@@ -26,6 +28,7 @@ that it decodes nothing.
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -35,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +51,17 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import psutil  # noqa: E402
-from children import CEILING, OURS, Child, one_round, serve, summary  # noqa: E402
-from stream_peers import BATCH, FILES, MEAN, PACKAGES, SIDE, STD, timed  # noqa: E402
+from children import (  # noqa: E402
+    CEILING,
+    OURS,
+    Child,
+    Counts,
+    in_slices,
+    rotated,
+    serve,
+    summary,
+)
+from stream_peers import BATCH, FILES, MEAN, PACKAGES, SIDE, STD  # noqa: E402
 
 from pipeline.batch import Batch, RawSample, assemble  # noqa: E402
 from pipeline.fit import Fit  # noqa: E402
@@ -59,6 +71,9 @@ from pipeline.threads import Threads  # noqa: E402
 
 PHOTOGRAPHS = {"jpeg": (500, 375), "jpeg_1024": (1024, 768)}
 """(width, height) in pixels"""
+_START_S = 4.0
+"""seconds that a process of ours or of the ceiling runs"""
+Figures = dict[str, float]
 SCREENS = ROOT.parent / "shared" / "data" / "pix2code-web" / "train"
 
 
@@ -71,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--kinds", default="jpeg,png", help="of jpeg, png and jpeg_1024 [jpeg,png]")
     add("--workers", default="0,1,2", help="numbers of loader processes [0,1,2]")
     add("--rounds", type=int, default=5, help="times that every row is measured [5]")
+    add("--seconds", type=float, default=20, help="of ours and of the ceiling in a round [20]")
     add("--images", type=int, default=1536, help="images of the jpeg set; others: half [1536]")
     add("--screens", type=Path, default=SCREENS, help="folder of screenshots (else they are drawn)")
     add("--one-thread", action="store_true", help="for all, as under torchrun [torch's default]")
@@ -105,12 +121,12 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     def start(*words: str) -> Child:
         return Child(*words, one_thread=arguments.one_thread)
 
-    children = dict.fromkeys((OURS, CEILING), start(sys.executable, str(Path(__file__)), "--serve"))
-    versions = {}
+    pair = {name: start(sys.executable, __file__, "--serve") for name in (OURS, CEILING)}
+    peers, versions = {}, {}
     for name in arguments.peers.split(",") if arguments.peers_python else []:
         child = start(str(arguments.peers_python), str(Path(__file__).with_name("stream_peers.py")))
         versions[name] = child.ask(name=name, do="version")["version"]
-        children[name] = child
+        peers[name] = child
     result: dict[str, Any] = {}
     for kind in kinds:
         count = arguments.images if kind == "jpeg" else max(BATCH, arguments.images // 2)
@@ -118,18 +134,20 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         _make(kind, count, data, arguments.screens)
         request: dict[str, Any] = {"folder": str(data), "shards": str(data / "shards")}
         request["batches"] = count // BATCH
-        for name, child in children.items():  # formats are converted, code is loaded
+        for name, child in peers.items():  # formats are converted, code is loaded
             child.ask(**{**request, "name": name, "workers": workers[0], "batches": 1})
         speeds: dict[tuple[str, int], list[float]] = {}
         cpu_speeds: dict[str, list[float]] = {}
-        for turn in range(arguments.rounds):
-            for number in workers:
-                ask = functools.partial(_ask, children, request, kind, number)
-                # Rows of a second or two, in which the machine's own pace may change.
-                for name, found in one_round(children, turn, ask, pairs=16).items():
-                    speeds.setdefault((name, number), []).append(found["images_per_s"])
-                    if number == 0:
-                        cpu_speeds.setdefault(name, []).append(found["images_per_cpu_s"])
+        for turn, number in itertools.product(range(arguments.rounds), workers):
+            ours = functools.partial(_in_turn, pair, request, kind, number, arguments.seconds)
+            found = ours() if turn % 2 == 0 else {}
+            for name in rotated(list(peers), turn):
+                found[name] = _ask(peers[name], request, kind, number, name)
+            found |= ours() if turn % 2 else {}
+            for name, figures in found.items():
+                speeds.setdefault((name, number), []).append(figures["images_per_s"])
+                if number == 0:
+                    cpu_speeds.setdefault(name, []).append(figures["images_per_cpu_s"])
         result[kind] = summary("loader", "images_per_s", speeds, list(versions))
         result[kind]["images_per_cpu_s"] = {
             name: round(statistics.median(found), 1) for name, found in cpu_speeds.items()
@@ -137,13 +155,11 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         result[kind]["bytes_per_image"] = round(
             sum(path.stat().st_size for path in (data / "raw").iterdir()) / count
         )
-        result[kind].update(children[OURS].ask(**request, name=OURS, do="first", workers=0))
+        result[kind].update(pair[OURS].ask(**request, name=OURS, do="first", workers=0))
         if arguments.memory_epochs:
             epochs = arguments.memory_epochs
-            result[kind].update(
-                children[OURS].ask(**request, name=OURS, do="memory", epochs=epochs)
-            )
-    for child in children.values():
+            result[kind].update(pair[OURS].ask(**request, name=OURS, do="memory", epochs=epochs))
+    for child in (*pair.values(), *peers.values()):
         child.close()
     return {
         **result,
@@ -157,17 +173,41 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ask(
-    children: Mapping[str, Child], request: Mapping[str, Any], kind: str, workers: int, name: str
-) -> dict[str, Any]:
+    child: Child, request: Mapping[str, Any], kind: str, workers: int, name: str
+) -> dict[str, float]:
+    _into_page_cache(Path(request["folder"]) / FILES[name])
+    found = child.ask(**request, name=name, workers=workers)
+    print(f"{kind} {name} {workers}: {found['images_per_s']:.0f}", file=sys.stderr)
+    return found
+
+
+def _in_turn(
+    pair: Mapping[str, Child], request: Mapping[str, Any], kind: str, workers: int, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Ours and the ceiling, of which every start weighs the same."""
+    starts = max(1, round(seconds / _START_S))
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in pair}
+    words = {**request, "workers": workers}
+    for _ in range(starts):
+        _into_page_cache(Path(request["shards"]))
+        folder = Path(request["folder"])
+        for name, one in in_slices(pair, words, seconds=seconds / starts, folder=folder).items():
+            found[name].append({**one, "images_per_s": one["batches_per_s"] * BATCH})
+        ours, ceiling = (found[name][-1]["images_per_s"] for name in (OURS, CEILING))
+        print(f"{kind} {workers}: {ours:.0f}, ceiling {ceiling:.0f}", file=sys.stderr)
+    return {
+        name: {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
+        for name, rows in found.items()
+    }
+
+
+def _into_page_cache(folder: Path) -> None:
     # What is measured is loading, not the disk: some machines empty the page cache within seconds.
-    for path in (Path(request["folder"]) / FILES.get(name, "shards")).rglob("*"):
+    for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb", buffering=0) as file:
                 while file.read(2**24):
                     pass
-    found = children[name].ask(**request, name=name, workers=workers)
-    print(f"{kind} {name} {workers}: {found['images_per_s']:.0f}", file=sys.stderr)
-    return found
 
 
 # What the child of ours does.
@@ -180,11 +220,20 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         return _memory(request)
     if request["name"] == CEILING:
         return _ceiling(request)
-    batches = _ours(request)
-    try:
-        return timed(batches, request["batches"])
-    finally:
-        batches.close()
+    with contextlib.closing(_ours(request)) as batches:
+        return _counted(batches, request, 0)
+
+
+def _counted(batches: Iterator[torch.Tensor], request: dict[str, Any], process: int) -> Figures:
+    """Makes batches until nobody wants more."""
+    counts = Counts(Path(request["counts"]))
+    start_cpu_s = made = 0.0
+    for made, _ in enumerate(batches):
+        if made == 0:
+            start_cpu_s = time.process_time()
+        if not counts.add(process):
+            break
+    return {"images_per_cpu_s": made * BATCH / (time.process_time() - start_cpu_s)}
 
 
 def _loader(request: dict[str, Any]) -> Loader:
@@ -192,7 +241,7 @@ def _loader(request: dict[str, Any]) -> Loader:
     return Loader(request["shards"], batch_size=BATCH, size=(SIDE, SIDE), workers=workers)
 
 
-def _ours(request: dict[str, Any]) -> Iterator[torch.Tensor]:
+def _ours(request: dict[str, Any]) -> Generator[torch.Tensor]:
     for batch in _loader(request):
         yield batch.images(mean=MEAN, std=STD)
 
@@ -231,18 +280,19 @@ def _memory(request: dict[str, Any]) -> dict[str, Any]:
     return {"worker_MB": round(first, 1), "worker_grew_MB": round(last - first, 1)}
 
 
-def _ceiling(request: dict[str, Any]) -> dict[str, float]:
+def _ceiling(request: dict[str, Any]) -> Figures:
     processes = max(1, request["workers"])
     request = {**request, "threads": decoding_threads(request["workers"])}
     if processes == 1:
-        return _decode_all(request)
+        return _decode_all(request, 0)
     context = multiprocessing.get_context("fork")
     with context.Pool(processes, torch.set_num_threads, (1,)) as pool:  # as loaders' workers
-        parts = pool.map(_decode_all, [request] * processes, chunksize=1)
+        tasks = [(request, process) for process in range(processes)]
+        parts = pool.starmap(_decode_all, tasks, chunksize=1)
     return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
-def _decode_all(request: dict[str, Any]) -> dict[str, float]:
+def _decode_all(request: dict[str, Any], process: int) -> Figures:
     """What a loader cannot do without, and nothing else."""
     samples = [
         RawSample(path.name, path.name, {path.suffix[1:]: memoryview(path.read_bytes())})
@@ -258,7 +308,7 @@ def _decode_all(request: dict[str, Any]) -> dict[str, float]:
             first = (first + BATCH) % (len(samples) - BATCH + 1)
 
     with contextlib.closing(Threads(request["threads"])) as threads:
-        return timed(batches(threads), request["batches"])
+        return _counted(batches(threads), request, process)
 
 
 def _assembled(samples: list[RawSample], fit: Fit, threads: Threads) -> Batch:

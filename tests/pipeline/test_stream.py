@@ -22,6 +22,7 @@ from pipeline.stream import (
     SampleReader,
     Shard,
     TrainPlans,
+    ValidationPlans,
     grouped,
     make_loader,
 )
@@ -234,6 +235,22 @@ def test_an_index_of_another_length_is_refused(damaged: Path) -> None:
     dataset = train_split(damaged)
     with pytest.raises(UserError, match="run `pixloom verify`"):
         dataset.reader.key(0, 0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])  # a worker is asked for two batches at once
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_before_an_index_that_is_missing_are_delivered(
+    damaged: Path, size: int, workers: int
+) -> None:
+    first, second, *_ = load_manifest(str(damaged)).splits["train"]
+    (damaged / second.index_name).unlink()
+    dataset = train_split(damaged)
+    plans = ValidationPlans(dataset.reader.shard_samples, size)
+    batches = make_loader(dataset, plans, workers=workers, pin=False)
+    seen = [key for _ in range(first.samples // size) for key in next(batches).keys]
+    with pytest.raises(UserError, match=second.index_name):
+        next(batches)
+    assert seen == [dataset.reader.key(0, at) for at in range(first.samples // size * size)]
 
 
 def test_many_shards_share_a_bounded_number_of_open_files(
