@@ -99,10 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         serve(_answer)
         return 0
     if arguments.peers_python is None:
-        packages = " ".join(PACKAGES.values())
+        *packages, last = PACKAGES.values()  # it wants another fsspec than they do, and pip says so
         print(
             f"no other loaders: give --peers-python VENV/bin/python of a venv with\n"
-            f"    pip install torch torchvision {packages}",
+            f"    pip install torch torchvision {' '.join(packages)}\n"
+            f"    pip install {last}",
             file=sys.stderr,
         )
     with tempfile.TemporaryDirectory() as temporary:

@@ -4,6 +4,10 @@ Runs under the Python of `stream.py --peers-python`, which need not have pixloom
 gives shuffled batches of 32 float32 224x224 images, normalised.
 """
 
+import json
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
@@ -20,12 +24,14 @@ PACKAGES = {
     "mosaicml-streaming": "mosaicml-streaming",
     "litdata": "litdata",
     "datasets": "datasets",
+    "energon": "megatron-energon",
 }
 FILES = {
     "webdataset": "shards",
     "mosaicml-streaming": "mosaicml",
     "litdata": "litdata",
     "datasets": "raw",
+    "energon": "energon",
 }
 """where the files lie that each reads, in the folder of a data set"""
 Batches = Iterable[Any]
@@ -203,11 +209,48 @@ def _datasets(folder: Path, shards: Path, workers: int) -> Iterator[Any]:
             yield batch["pixels"]
 
 
+def _energon(folder: Path, shards: Path, workers: int) -> Iterator[Any]:
+    from megatron import energon
+
+    local = folder / FILES["energon"]
+    if not local.exists():
+        (local / "train").mkdir(parents=True)
+        for path in (shards / "train").glob("*.tar"):
+            shutil.copyfile(path, local / "train" / path.name)
+        kind = next((folder / "raw").iterdir()).suffix[1:]
+        words = ["--non-interactive", "--split-ratio", "1,0,0", "--sample-type", "ImageSample"]
+        words += ["--field-map", json.dumps({"image": kind})]
+        command = [str(Path(sys.executable).with_name("energon")), "prepare", str(local), *words]
+        subprocess.run(command, check=True)
+
+    class Pictures(energon.DefaultTaskEncoder):  # type: ignore[misc]
+        decoder = energon.SampleDecoder(image_decode="pilrgb")
+        change = _Transformed()
+
+        @energon.stateless  # type: ignore[untyped-decorator]
+        def encode_sample(self, sample: Any) -> Any:
+            sample.image = self.change(sample.image)
+            return sample
+
+    dataset = energon.get_train_dataset(
+        str(local),
+        batch_size=BATCH,
+        batch_drop_last=True,
+        shuffle_buffer_size=1000,
+        max_samples_per_sequence=100,
+        task_encoder=Pictures(),
+        worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=workers),
+    )
+    for batch in energon.get_loader(dataset):
+        yield batch.image
+
+
 LOADERS = {
     "webdataset": _webdataset,
     "mosaicml-streaming": _mosaicml,
     "litdata": _litdata,
     "datasets": _datasets,
+    "energon": _energon,
 }
 
 
