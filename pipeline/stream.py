@@ -537,7 +537,8 @@ def _requests(
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a worker does. Hands errors of the user's to its parent as values, the last ones."""
+    """What a worker does. Hands an error of the user's to its parent as a value, after the batches
+    before it."""
 
     dataset: BatchDataset
     plans: Plans

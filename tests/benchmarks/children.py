@@ -171,6 +171,11 @@ def one_round(
     found: dict[str, list[dict[str, float]]] = {}
     for name in pair + others if turn % 2 == 0 else others + pair:
         found.setdefault(name, []).append(ask(name))
+    return means(found)
+
+
+def means(found: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of each name's figures, one by one."""
     return {
         name: {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
         for name, rows in found.items()

@@ -9,8 +9,9 @@ makes shuffled float32 batches of 32, 224x224, normalised, of the same files, wh
 cache. The rows of one round run one after the other, each loader in a process of its own that waits
 meanwhile; a figure is the median over `--rounds`, in images a second, a ratio that of the rounds'
 own ratios. Other loaders read an epoch a round, without its first three batches. Ours and the
-ceiling run for `--seconds` each, in slices of 0.3 s in turn, and are started anew every four: where
-its memory happens to lie makes one and the same process slower or faster by hundredths.
+ceiling run for `--seconds` each, in slices of 0.3 s in turn, with new workers every four: where its
+memory happens to lie makes one and the same process slower or faster by hundredths. Without workers
+the process stays the same.
 
 `over_fastest_peer` is ours divided by the fastest other loader, at the number of workers where
 this is lowest. `of_ceiling` is ours divided by the ceiling, at its lowest too: the ceiling is the
@@ -57,6 +58,7 @@ from children import (  # noqa: E402
     Child,
     Counts,
     in_slices,
+    means,
     rotated,
     serve,
     summary,
@@ -72,7 +74,7 @@ from pipeline.threads import Threads  # noqa: E402
 PHOTOGRAPHS = {"jpeg": (500, 375), "jpeg_1024": (1024, 768)}
 """(width, height) in pixels"""
 _START_S = 4.0
-"""seconds that a process of ours or of the ceiling runs"""
+"""seconds that a loader of ours, or the ceiling's processes, run"""
 Figures = dict[str, float]
 SCREENS = ROOT.parent / "shared" / "data" / "pix2code-web" / "train"
 
@@ -196,10 +198,7 @@ def _in_turn(
             found[name].append({**one, "images_per_s": one["batches_per_s"] * BATCH})
         ours, ceiling = (found[name][-1]["images_per_s"] for name in (OURS, CEILING))
         print(f"{kind} {workers}: {ours:.0f}, ceiling {ceiling:.0f}", file=sys.stderr)
-    return {
-        name: {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
-        for name, rows in found.items()
-    }
+    return means(found)
 
 
 def _into_page_cache(folder: Path) -> None:

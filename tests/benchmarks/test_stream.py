@@ -10,19 +10,8 @@ import pytest
 def test_the_smallest_form_runs(
     run_script: Callable[..., dict[str, Any]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = (
-        "--images",
-        32,
-        "--rounds",
-        1,
-        "--workers",
-        "0,1",
-        "--seconds",
-        0.5,
-        "--memory-epochs",
-        2,
-    )
-    result = run_script(Path(__file__).with_name("stream.py"), *words)
+    words = ("--images", 32, "--rounds", 1, "--workers", "0,1", "--memory-epochs", 2)
+    result = run_script(Path(__file__).with_name("stream.py"), *words, "--seconds", 0.5)
     assert "give --peers-python" in capfd.readouterr().err
     for kind in ("jpeg", "png"):
         found = result[kind]
