@@ -34,7 +34,7 @@ wants too, is taken more often."""
 _SMALL_DTYPES = torch.int64, torch.float32, torch.int64
 """of tokens, weights and keys of augmentation"""
 _MAX_FREE = 2
-"""Batches of float32 whose memory is kept: one is used while the next one is made."""
+"""Batches whose memory is kept: one is used while the next one is made."""
 
 
 class SampleError(Exception):
@@ -165,10 +165,10 @@ def assemble(
     """
     channels, height, width = image_CHW
     shape_BHWC = len(keys), height, width, channels
-    size = math.prod(shape_BHWC)
     if memory is None:
-        memory = torch.empty(size, dtype=torch.uint8)
-    image_BHWC = memory[:size].view(shape_BHWC)
+        image_BHWC = _pixels.take(shape_BHWC)
+    else:
+        image_BHWC = memory[: math.prod(shape_BHWC)].view(shape_BHWC)
     pixels_BHWC = image_BHWC.numpy()
 
     def decode(place: int, sample: RawSample | SampleError) -> tuple[Tensor, str]:
@@ -276,32 +276,34 @@ def lend(array: NDArray[Any], give_back: Callable[[], None]) -> Tensor:
     return torch.from_numpy(lent)
 
 
-class _Floats:
-    """Memory of batches on the CPU that nobody looks into any more, for the next ones. Fresh memory
-    costs a page fault for every 4 KiB, together more than what is written there."""
+class _Memory:
+    """Memory of batches that nobody looks into any more, for the next ones. Fresh memory costs a
+    page fault for every 4 KiB: for floats, together more than what is written there."""
 
-    def __init__(self) -> None:
-        self._free: dict[int, list[NDArray[np.float32]]] = {}
+    def __init__(self, dtype: type[np.generic]) -> None:
+        self._dtype = dtype
+        self._free: dict[int, list[NDArray[Any]]] = {}
         """By size; of the one that was asked for last."""
 
     def take(self, shape: Sequence[int]) -> Tensor:
-        """float32 of `shape`, not initialised. Its memory comes back when all views are gone."""
+        """A tensor of `shape`, not initialised. Its memory comes back when all views are gone."""
         size = math.prod(shape)
         if size not in self._free:
             self._free = {size: []}
         try:
             array = self._free[size].pop()
         except (IndexError, KeyError):  # another thread may have come first
-            array = np.empty(size, np.float32)
+            array = np.empty(size, self._dtype)
         return lend(array, functools.partial(self._give_back, array)).view(*shape)
 
-    def _give_back(self, array: NDArray[np.float32]) -> None:
+    def _give_back(self, array: NDArray[Any]) -> None:
         free = self._free.get(array.size)
         if free is not None and len(free) < _MAX_FREE:
             free.append(array)
 
 
-_floats = _Floats()
+_pixels = _Memory(np.uint8)
+_floats = _Memory(np.float32)
 
 
 def new_shared(size: int) -> Tensor:

@@ -432,8 +432,8 @@ def make_loader(
     """One `Batch` a plan, in the plans' order; with `pin` in page-locked memory, for a GPU.
 
     So many worker processes read and decode; without any, this one does, and one of its decoding
-    threads reads a batch ahead. Shards of object stores are fetched ahead by the first process of
-    each node.
+    threads reads the next batch while one is in use. Shards of object stores are fetched ahead by
+    the first process of each node.
 
     Raises:
         UserError, FormatError: as `BatchDataset` does, from a worker too; or a worker was killed.

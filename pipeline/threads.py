@@ -48,8 +48,6 @@ class Threads:
         try:
             work()
         finally:
-            # Those still behind another task of the pool's have nothing left to do.
-            others = [other for other in others if not other.cancel()]
             wait(others)
         for other in others:
             other.result()
@@ -77,14 +75,14 @@ class Threads:
 def some_ahead(
     thread: Executor, values: Iterator[T], finish: Callable[[T], R], *, number: int = 1
 ) -> Iterator[R]:
-    """`finish` of every value, in this thread. Meanwhile, and while a finished one is in use, the
-    other one takes the next `number` values.
+    """`finish` of every value, in this thread. While a finished one is in use, the other one takes
+    the next `number` values. (Not while one is finished: it may have a part in that.)
 
     No value is None.
     """
     coming = deque(thread.submit(next, values, None) for _ in range(number))
     while (value := coming.popleft().result()) is not None:
-        coming.append(thread.submit(next, values, None))
         finished = [finish(value)]
         del value  # here nobody holds on to what was given away
+        coming.append(thread.submit(next, values, None))
         yield finished.pop()

@@ -9,9 +9,8 @@ makes shuffled float32 batches of 32, 224x224, normalised, of the same files, wh
 cache. The rows of one round run one after the other, each loader in a process of its own that waits
 meanwhile; a figure is the median over `--rounds`, in images a second, a ratio that of the rounds'
 own ratios. Other loaders read an epoch a round, without its first three batches. Ours and the
-ceiling run for `--seconds` each, in slices of 0.3 s in turn, with new workers every four: where its
-memory happens to lie makes one and the same process slower or faster by hundredths. Without workers
-the process stays the same.
+ceiling run for `--seconds` each, in slices of 0.3 s in turn, in new processes every four: where its
+memory happens to lie makes one and the same process slower or faster by hundredths.
 
 `over_fastest_peer` is ours divided by the fastest other loader, at the number of workers where
 this is lowest. `of_ceiling` is ours divided by the ceiling, at its lowest too: the ceiling is the
@@ -39,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ from pipeline.threads import Threads  # noqa: E402
 PHOTOGRAPHS = {"jpeg": (500, 375), "jpeg_1024": (1024, 768)}
 """(width, height) in pixels"""
 _START_S = 4.0
-"""seconds that a loader of ours, or the ceiling's processes, run"""
+"""seconds that a process of ours, or of the ceiling, runs with its workers"""
 Figures = dict[str, float]
 SCREENS = ROOT.parent / "shared" / "data" / "pix2code-web" / "train"
 
@@ -124,7 +123,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     def start(*words: str) -> Child:
         return Child(*words, one_thread=arguments.one_thread)
 
-    pair = {name: start(sys.executable, __file__, "--serve") for name in (OURS, CEILING)}
+    def ourselves() -> Child:
+        return start(sys.executable, __file__, "--serve")
+
     peers, versions = {}, {}
     for name in arguments.peers.split(",") if arguments.peers_python else []:
         child = start(str(arguments.peers_python), str(Path(__file__).with_name("stream_peers.py")))
@@ -142,7 +143,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         speeds: dict[tuple[str, int], list[float]] = {}
         cpu_speeds: dict[str, list[float]] = {}
         for turn, number in itertools.product(range(arguments.rounds), workers):
-            ours = functools.partial(_in_turn, pair, request, kind, number, arguments.seconds)
+            ours = functools.partial(_in_turn, ourselves, request, kind, number, arguments.seconds)
             found = ours() if turn % 2 == 0 else {}
             for name in rotated(list(peers), turn):
                 found[name] = _ask(peers[name], request, kind, number, name)
@@ -158,11 +159,12 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         result[kind]["bytes_per_image"] = round(
             sum(path.stat().st_size for path in (data / "raw").iterdir()) / count
         )
-        result[kind].update(pair[OURS].ask(**request, name=OURS, do="first", workers=0))
-        if arguments.memory_epochs:
-            epochs = arguments.memory_epochs
-            result[kind].update(pair[OURS].ask(**request, name=OURS, do="memory", epochs=epochs))
-    for child in (*pair.values(), *peers.values()):
+        with contextlib.closing(ourselves()) as child:
+            result[kind].update(child.ask(**request, name=OURS, do="first", workers=0))
+            if arguments.memory_epochs:
+                epochs = arguments.memory_epochs
+                result[kind].update(child.ask(**request, name=OURS, do="memory", epochs=epochs))
+    for child in peers.values():
         child.close()
     return {
         **result,
@@ -185,18 +187,24 @@ def _ask(
 
 
 def _in_turn(
-    pair: Mapping[str, Child], request: Mapping[str, Any], kind: str, workers: int, seconds: float
+    start: Callable[[], Child],
+    request: Mapping[str, Any],
+    kind: str,
+    workers: int,
+    seconds: float,
 ) -> dict[str, dict[str, float]]:
     """Ours and the ceiling, of which every start weighs the same."""
     starts = max(1, round(seconds / _START_S))
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in pair}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in (OURS, CEILING)}
     words = {**request, "workers": workers}
     for _ in range(starts):
+        pair = {name: start() for name in found}
         _into_page_cache(Path(request["shards"]))
         folder = Path(request["folder"])
         for name, one in in_slices(pair, words, seconds=seconds / starts, folder=folder).items():
             found[name].append({**one, "images_per_s": one["batches_per_s"] * BATCH})
-        ours, ceiling = (found[name][-1]["images_per_s"] for name in (OURS, CEILING))
+            pair[name].close()
+        ours, ceiling = (found[name][-1]["images_per_s"] for name in found)
         print(f"{kind} {workers}: {ours:.0f}, ceiling {ceiling:.0f}", file=sys.stderr)
     return means(found)
 
@@ -359,7 +367,9 @@ def photograph(
     def noise(power: float) -> NDArray[np.float64]:
         spectrum = random.normal(size=frequency.shape) + 1j * random.normal(size=frequency.shape)
         field = np.fft.irfft2(spectrum / frequency**power, (height, width))
-        return (field - field.mean()) / field.std()
+        field -= field.mean()
+        field /= field.std()
+        return field
 
     y, x = np.mgrid[:height, :width]
     light = 128 + 45 * noise(1.35)
