@@ -76,13 +76,8 @@ class RecurrentSeq2Seq(Seq2Seq):
         latent_BTL = memory.latent_BL[:, None].expand(-1, length, -1)
         embedding_BTE = self.dropout(self.embedding(token_BT))
         input_BTI = torch.cat([embedding_BTE, latent_BTL], dim=2)
-        if self.config.decoder == "lstm":
-            before = state[1][None], state[2][None]
-            hidden_BTD, (hidden_1BD, cell_1BD) = self.lstm(input_BTI, before)
-            state = (read_B + length, hidden_1BD[0], cell_1BD[0])
-        else:
-            hidden_BTD, hidden_1BD = self.gru(input_BTI, state[1][None])
-            state = (read_B + length, hidden_1BD[0])
+        hidden_BTD, own = self._recur(input_BTI, state[1:])
+        state = (read_B + length, *own)
         hidden_BTD = self.dropout(hidden_BTD)
         known, query_BATK = [hidden_BTD], None
         if self.attends:
@@ -96,3 +91,19 @@ class RecurrentSeq2Seq(Seq2Seq):
         known_BTI = torch.cat([*known, latent_BTL], dim=2)
         combined_BTO = functional.relu(self.combine(known_BTI))
         return Decoded(self.head(self.dropout(combined_BTO)), state, query_BATK)
+
+    def _recur(self, input_BTI: Tensor, own: State) -> tuple[Tensor, State]:
+        """The LSTM or GRU over `input_BTI`, from its own part of the state: what it gives out,
+        (B, T, D), and that part after it.
+
+        On a CPU it stays outside autocast: oneDNN has an LSTM in bf16 only for CPUs with AVX-512,
+        and ends the run on others.
+        """
+        if input_BTI.is_cpu and torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self._recur(input_BTI.float(), tuple(part_BD.float() for part_BD in own))
+        if self.config.decoder == "lstm":
+            hidden_BTD, after = self.lstm(input_BTI, tuple(part_BD[None] for part_BD in own))
+            return hidden_BTD, tuple(part_1BD[0] for part_1BD in after)
+        hidden_BTD, after_1BD = self.gru(input_BTI, own[0][None])
+        return hidden_BTD, (after_1BD[0],)

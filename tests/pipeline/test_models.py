@@ -185,6 +185,26 @@ def test_several_codes_of_an_image_are_as_if_it_were_there_several_times(
     torch.testing.assert_close(model(image_BCHW, token_MT), expected_MTV)
 
 
+@pytest.mark.parametrize("config", DECODERS, ids=name_of)
+def test_bf16_on_any_cpu(config: Seq2SeqConfig) -> None:
+    """Also where it has no instruction for it; token by token as in one call."""
+    model, image_BCHW = seq2seq(config=config), images(2)
+    token_BT = torch.randint(0, VOCAB_SIZE, (2, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits_BTV = model(image_BCHW, token_BT)
+        memory = model.encode(image_BCHW)
+        state, steps = memory.start, []
+        for token_B in token_BT.unbind(1):
+            logits_BV, state = model.step(token_B, state, memory)
+            steps.append(logits_BV)
+    logits_BTV.float().sum().backward()
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
+    torch.testing.assert_close(torch.stack(steps, dim=1), logits_BTV, rtol=0.02, atol=0.02)
+    exact_BTV = model(image_BCHW, token_BT)
+    assert not torch.equal(logits_BTV.float(), exact_BTV)
+    torch.testing.assert_close(logits_BTV.float(), exact_BTV, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("decoder", ["lstm", "gru", "transformer"])
 def test_attention_is_what_the_decoder_looks_at(decoder: Any) -> None:
     """A distribution over the grid, and the one by which values are mixed."""
