@@ -241,7 +241,9 @@ def _energon(folder: Path, shards: Path, workers: int) -> Iterator[Any]:
         task_encoder=Pictures(),
         worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=workers),
     )
-    for batch in energon.get_loader(dataset):
+    # A pause of the whole machine sets its watchdog off, which writes every variable out; a worker
+    # was killed for its memory then.
+    for batch in energon.get_loader(dataset, watchdog_timeout_seconds=None):
         yield batch.image
 
 
