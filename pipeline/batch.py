@@ -68,6 +68,8 @@ class Batch:
     """place of the first sample in the global batch"""
     bad: tuple[str, ...]
     """one line for each sample with weight 0: shard, key, cause"""
+    bad_names: tuple[str, ...] = ()
+    """of the same samples, by their places in the split: the same wherever the dataset lies"""
 
     @property
     def order_hash(self) -> int:
@@ -128,7 +130,7 @@ class Batch:
         # that are looked up; both cost more than a few numbers do. The images go that way alone.
         small = self.token_BT, self.weight_B, self.augment_key_B
         numbers = [tensor.numpy().tobytes() for tensor in small]
-        rest = (self.keys, self.step, self.micro, self.first_place, self.bad)
+        rest = (self.keys, self.step, self.micro, self.first_place, self.bad, self.bad_names)
         return _unpickled, (self.image_BCHW.permute(0, 2, 3, 1), numbers, rest)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":

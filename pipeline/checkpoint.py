@@ -43,7 +43,7 @@ from shards import storage
 from shards.format import FormatError
 from shards.storage import StorageError, UserError
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 COMMIT_NAME = "COMMIT.json"
 STATE_NAME = "state.json"
 _FOLDER = r"step-\d{8,}"

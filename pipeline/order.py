@@ -43,7 +43,7 @@ class SampleIds:
     index_G: NDArray[np.int64]
     epoch_G: NDArray[np.int64]
 
-    def __getitem__(self, part: slice) -> "SampleIds":
+    def __getitem__(self, part: slice | NDArray[np.bool_]) -> "SampleIds":
         return SampleIds(self.shard_G[part], self.index_G[part], self.epoch_G[part])
 
     def __len__(self) -> int:

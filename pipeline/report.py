@@ -538,7 +538,7 @@ class _Report:
                 }
             ),
         ]
-        lines = [*state.damaged, *looked.damaged]
+        lines = [*state.damaged.values(), *looked.damaged]
         if lines:
             more = [f"and {len(lines) - _MOST_LINES} more"] if len(lines) > _MOST_LINES else []
             parts.append(tag("pre", "\n".join([*lines[:_MOST_LINES], *more]), tabindex=0))

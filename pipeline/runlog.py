@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,30 +70,30 @@ class RunLog:
 
     def say(self, line: str) -> None:
         if self.ranks.is_main:
-            print(f"pixloom: {line}", file=sys.stderr, flush=True)
+            _show(f"pixloom: {line}")
 
     def warn(self, line: str) -> None:
         """A line from whichever rank has something to tell."""
-        print(f"pixloom: warning: {line}", file=sys.stderr, flush=True)
+        _show(f"pixloom: warning: {line}")
 
     def account_for_bad(
-        self, state: TrainState, own: Sequence[str], num_bad: int, max_bad: int
+        self, state: TrainState, own: Mapping[str, str], num_bad: int, max_bad: int
     ) -> None:
-        """Adds this step's damaged samples, `own` of them this rank's, to the ledger in `state`,
-        and names those that are new.
+        """Adds this step's damaged samples, `own` of them this rank's (lines by `bad_names`), to
+        the ledger in `state`, and shows the lines of those that are new.
 
         Raises:
             UserError: the ledger has more than `max_bad`; on all ranks alike.
         """
         if not num_bad:
             return
-        known = {_sample_of(line) for line in state.damaged}
-        lines = self.ranks.join_text("".join(f"{line}\n" for line in own)).splitlines()
-        met = {_sample_of(line): line for line in lines}
-        new = [line for sample, line in met.items() if sample not in known]
-        state.damaged += new
+        text = self.ranks.join_text("".join(f"{json.dumps(pair)}\n" for pair in own.items()))
+        met = dict(json.loads(line) for line in text.splitlines())
+        new = {name: line for name, line in met.items() if name not in state.damaged}
+        # Another dictionary: a checkpoint that is being saved has the one of its step.
+        state.damaged = {**state.damaged, **new}
         if self.ranks.is_main and new:
-            for line in new:
+            for line in new.values():
                 self.warn(f"{line}; its place has weight 0, from step {state.step} on")
             self._write_ledger(state)
         if len(state.damaged) > max_bad:
@@ -146,7 +146,7 @@ class RunLog:
 
     def _write_ledger(self, state: TrainState) -> None:
         try:
-            text = "".join(f"{line}\n" for line in state.damaged)
+            text = "".join(f"{line}\n" for line in state.damaged.values())
             storage.publish_text(text, str(self.path.with_name(LEDGER_NAME)))
         except UserError as error:
             self.warn(f"the list of damaged samples could not be written: {error}")
@@ -166,9 +166,10 @@ class RunLog:
             self._failing = True
 
 
-def _sample_of(line: str) -> str:
-    """Shard and key of a line of the ledger."""
-    return line.partition(": ")[0]
+def _show(line: str) -> None:
+    # At once with its end: other processes write to the same place.
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def _shown(value: object) -> str:

@@ -16,9 +16,10 @@ class TrainState:
     """rolling hash of the keys of every consumed sample, see `pipeline.order.fold_digest`"""
     skipped_steps: int = 0
     """steps whose gradient was not finite"""
-    damaged: list[str] = field(default_factory=list)
-    """the ledger: a line (shard, key, cause) for each sample that could not be read, once, in the
-    order in which they were met; each keeps its place with weight 0 whenever it comes"""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """the ledger: for each sample that could not be read, by its `Batch.bad_names`, a line (shard,
+    key, cause), in the order in which they were met; each keeps its place with weight 0 whenever it
+    comes"""
     best_step: int | None = None
     best_metric: float | None = None
     stale_validations: int = 0

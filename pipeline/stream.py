@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from zlib_ng.zlib_ng import crc32
 
 from pipeline import rng
 from pipeline.batch import Batch, RawSample, SampleError, assemble, new_shared
-from pipeline.cache import LookAhead, Node, NodeCache, Outlook, Schedule
+from pipeline.cache import LookAhead, Node, NodeCache, Outlook, Reads, Schedule, reads_of
 from pipeline.cache import Shard as Shard
 from pipeline.fit import Fit
 from pipeline.order import (
@@ -49,6 +49,9 @@ from shards.tokens import TokenizerFile
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+MAX_NODE_LINES = 8
+"""Of what nodes read."""
 
 # How a root is named in messages, and where it lies: computed once, not for every sample.
 _shown = functools.cache(redact)
@@ -302,7 +305,7 @@ class BatchDataset:
         self, raw: RawBatch, memory: Tensor | None = None, threads: Threads | None = None
     ) -> Batch:
         """The images are decoded into `memory` and by `threads`, as `assemble` says."""
-        return assemble(
+        batch = assemble(
             raw.samples,
             keys=raw.keys,
             augment_keys=raw.augment_keys,
@@ -316,6 +319,11 @@ class BatchDataset:
             memory=memory,
             threads=threads,
         )
+        if not batch.bad:
+            return batch
+        ids = raw.plan.ids[batch.weight_B.numpy() == 0]
+        places = zip(ids.shard_G.tolist(), ids.index_G.tolist(), strict=True)
+        return replace(batch, bad_names=tuple(f"{shard}/{index}" for shard, index in places))
 
     def _sample(self, shard: int, index: int) -> RawSample | SampleError:
         try:
@@ -324,17 +332,74 @@ class BatchDataset:
             return error
 
 
-def node_places(order: Order, node: Node | None = None) -> range:
-    """The places of the global batch that a node's ranks compute; this node's if None is given."""
-    node = node or Node.of_environment()
+def node_places(order: Order, node: Node) -> range:
+    """The places of the global batch that a node's ranks compute."""
     first, last = (
         order.micros_of(rank, node.world_size) for rank in (node.ranks[0], node.ranks[-1])
     )
     return range(first.start * order.micro_size, last.stop * order.micro_size)
 
 
+def check_reads(
+    order: Order, dataset: BatchDataset, node: Node | None = None, *, say: bool = True
+) -> None:
+    """Says once what each node reads of an epoch: a line a node, if there are several of them or
+    the data is remote. `node` is this one; default: the environment's.
+
+    Raises:
+        UserError: the cache cannot hold what this node needs at once.
+    """
+    reader, node = dataset.reader, node or Node.of_environment()
+
+    @functools.cache  # this node's are asked for twice
+    def reads(one: Node) -> Reads:
+        uses = order.uses(0, node_places(order, one))
+        return reads_of(reader.shards, uses, order.steps_per_epoch)
+
+    cache = reader.cache
+    if cache is not None:
+        own = reads(node)
+        if own.working_bytes > cache.room_bytes:
+            raise UserError(
+                f"data.cache_bytes = {cache.bound_bytes}, room for {cache.room_bytes} bytes of "
+                f"shards: one window of this node's lanes needs {own.num_working} shards, "
+                f"{own.working_bytes} bytes, at once; raise it (in "
+                f"{cache.folder}), or lower data.window or data.lanes"
+            )
+    nodes = node.all
+    is_one = node.ranks[0] == 0 and node.is_first
+    if not say or not is_one or (cache is None and len(nodes) == 1):
+        return
+    per_lane = order.global_size // order.lanes
+    for number, one in enumerate(nodes[:MAX_NODE_LINES]):
+        places, found = node_places(order, one), reads(one)
+        lanes = f"{places[0] // per_lane} to {places[-1] // per_lane}"
+        print(
+            f"pixloom: node {number} reads lanes {lanes} of {order.lanes}: {found.num_shards} "
+            f"shards, {found.bytes / 1e6:.1f} MB "
+            + (
+                "an epoch"
+                if found.num_steps == order.steps_per_epoch
+                else f"in the first {found.num_steps} steps"
+            )
+            + (
+                f"; cache {cache.folder}, {cache.bound_bytes / 1e6:.1f} MB at most" if cache else ""
+            ),
+            file=sys.stderr,
+            flush=True,
+        )
+    if len(nodes) > MAX_NODE_LINES:
+        print(f"pixloom: and {len(nodes) - MAX_NODE_LINES} nodes more", file=sys.stderr, flush=True)
+
+
 class Plans(ABC):
-    """This rank's batches, in order. Each is computed from its number alone, by who needs it."""
+    """This rank's batches, in order. Each is computed from its number alone, by who needs it.
+
+    `node` has this rank; by default it is the environment's.
+    """
+
+    def __init__(self, node: Node | None) -> None:
+        self.node = node or Node.of_environment()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -351,7 +416,7 @@ class Plans(ABC):
 
     @abstractmethod
     def uses(self, step: int) -> Iterator[ShardUse]:
-        """What this node reads from a step on."""
+        """What `node` reads from a step on."""
 
     @property
     @abstractmethod
@@ -367,7 +432,10 @@ class Plans(ABC):
 class TrainPlans(Plans):
     """This rank's microbatches of steps [start, stop), across epochs."""
 
-    def __init__(self, order: Order, micros: range, start: int, stop: int) -> None:
+    def __init__(
+        self, order: Order, micros: range, start: int, stop: int, *, node: Node | None = None
+    ) -> None:
+        super().__init__(node)
         self.order, self.micros, self.start, self.stop = order, micros, start, stop
 
     def __len__(self) -> int:
@@ -383,7 +451,7 @@ class TrainPlans(Plans):
         return self.start + number // len(self.micros)
 
     def uses(self, step: int) -> Iterator[ShardUse]:
-        uses = self.order.uses(step, node_places(self.order))
+        uses = self.order.uses(step, node_places(self.order, self.node))
         return itertools.takewhile(lambda use: use.first_step < self.stop, uses)
 
     @property
@@ -399,8 +467,15 @@ class ValidationPlans(Plans):
     """This rank's batches of one pass over a split; `num_batches` are all ranks'."""
 
     def __init__(
-        self, shard_samples: list[int], size: int, rank: int = 0, world_size: int = 1
+        self,
+        shard_samples: list[int],
+        size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        node: Node | None = None,
     ) -> None:
+        super().__init__(node)
         self.shard_samples, self._size = shard_samples, size
         self.rank, self.world_size = rank, world_size
         self.num_batches = -(-sum(shard_samples) // size)
@@ -422,8 +497,8 @@ class ValidationPlans(Plans):
         return self._size
 
     def uses(self, step: int) -> Iterator[ShardUse]:
-        ranks = Node.of_environment().ranks
-        return validation_uses(self.shard_samples, self.size, step, ranks, self.world_size)
+        ranks, world_size = self.node.ranks, self.world_size
+        return validation_uses(self.shard_samples, self.size, step, ranks, world_size)
 
 
 def make_loader(
@@ -433,7 +508,7 @@ def make_loader(
 
     So many worker processes read and decode; without any, this one does, and one of its decoding
     threads reads the next batch while one is in use. Shards of object stores are fetched ahead by
-    the first process of each node.
+    the first process of each node, as the plans know it.
 
     Raises:
         UserError, FormatError: as `BatchDataset` does, from a worker too; or a worker was killed.
@@ -470,9 +545,9 @@ def make_loader(
             thread = stack.enter_context(ThreadPoolExecutor(1, "pixloom-pin", prepare))
             batches = some_ahead(thread, batches, _as_is, number=plans.num_together)
             stack.callback(team.hang_up)  # else that thread would be waited for
-        if schedule is not None and reader.cache is not None and Node.of_environment().is_first:
+        if schedule is not None and reader.cache is not None and plans.node.is_first:
             look_ahead = LookAhead(reader.cache, schedule, reader.prefetch)
-            stack.callback(_end_look_ahead, look_ahead)
+            stack.callback(_end_look_ahead, look_ahead, plans.node.number)
         yield from batches
 
 
@@ -506,10 +581,9 @@ def _unfollow(reader: SampleReader, schedule: Schedule) -> None:
         reader.schedule = None
 
 
-def _end_look_ahead(look_ahead: LookAhead) -> None:
+def _end_look_ahead(look_ahead: LookAhead, number: int) -> None:
     look_ahead.close()
     if look_ahead.num_fetched:
-        number = Node.of_environment().number
         print(f"pixloom: node {number} {look_ahead.line}", file=sys.stderr, flush=True)
 
 

@@ -195,7 +195,7 @@ def train_step(run: Run, batches: Sequence[Batch], wait_s: float) -> bool:
         sum(len(batch.bad) for batch in batches),
         int(run.stop.requested),
     )
-    bad = [line for batch in batches for line in batch.bad]
+    bad = {name: line for b in batches for name, line in zip(b.bad_names, b.bad, strict=True)}
     run.log.account_for_bad(state, bad, num_bad, config.data.max_bad)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     for batch, share, sync in run.parallel.rounds(batches, run.order.num_micro):

@@ -263,9 +263,35 @@ def test_a_damaged_sample_counts_once_and_stays_known_to_a_resumed_run(
     (line,) = ledger.read_text().splitlines()
     ledger.unlink()
     newest = checkpoint.committed(str(tmp_path / "run/checkpoints"))[-1]
-    assert checkpoint.Meta.read(newest).state.damaged == [line]
+    assert list(checkpoint.Meta.read(newest).state.damaged.values()) == [line]
     assert run(tmp_path / "run", copy, *flags, "--run.steps", 12) == 0
     assert ledger.read_text() == f"{line}\n"
+
+
+def test_the_ledger_knows_samples_wherever_the_dataset_lies(
+    cpu: None, screens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = tmp_path / "screens: one", tmp_path / "screens: two"
+    shutil.copytree(screens, before)
+    first, second, *_ = load_manifest(str(before)).splits["train"]
+    for entry in first, second:
+        with (before / entry.name).open("r+b") as file:
+            file.seek(1024)
+            file.write(b"damage")
+    flags = ["--run.steps", 12, "--validate.every_steps", 99, "--checkpoint.every_steps", 6]
+    assert run(tmp_path / "strict", before, *flags, "--data.max_bad", 1) == 2
+    assert "2 damaged samples (named above), data.max_bad allows 1" in capsys.readouterr().err
+
+    flags += ["--data.max_bad", 2]
+    assert run(tmp_path / "run", before, *flags) == 0, "three epochs"
+    ledger = tmp_path / "run/damaged.txt"
+    told = ledger.read_text()
+    assert len(told.splitlines()) == 2
+    before.rename(after)
+    shutil.rmtree(checkpoint.committed(str(tmp_path / "run/checkpoints"))[-1])
+    assert run(tmp_path / "run", after, *flags) == 0
+    assert "resumed from step-00000006" in capsys.readouterr().err
+    assert ledger.read_text() == told
 
 
 def test_early_stopping_stays_stopped(
