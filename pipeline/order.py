@@ -379,11 +379,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="pixloom order", description="Print the sample keys of one step, in order."
     )
-    parser.add_argument("--step", type=int, required=True, help="the step, from 0")
+    parser.add_argument(
+        "--step",
+        type=int,
+        required=True,
+        help="the step, from 0: step K - 1 is the last one in the row `step` K of metrics.jsonl",
+    )
     parser.add_argument(
         "--digest",
         action="store_true",
-        help="also compute order_digest after this step, from step 0 on",
+        help="also compute order_digest after this step, from step 0 on: that of the row K",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     add_config_flags(parser)

@@ -8,6 +8,7 @@ an error comes from, and what it says, is the other modules' subject.
 import logging
 import os
 import re
+import select
 import sys
 import threading
 import traceback
@@ -23,6 +24,9 @@ REDACTED = "***"
 MIN_SECRET_CHARS = 6
 """Shorter values of credential variables stay: replacing `true` or `1` would garble any text."""
 
+_SIGPIPE_STATUS = 141
+"""As a shell says it of a program that writes to a pipe without a reader."""
+
 _CREDENTIAL_NAME = re.compile(
     r"KEY|SECRET|TOKEN|PASSW|PASSPHRASE|CREDENTIAL|CONNECTION_STRING|SIGNATURE|(^|_)SAS(_|$)",
     re.IGNORECASE,
@@ -31,7 +35,12 @@ _PATTERNS = [
     # user:secret@ of any URL: up to the last @, because a secret may hold / and @ itself.
     (re.compile(r"(://)[^\s/@:\"']*:[^\s\"'<>]*@"), rf"\1{REDACTED}@"),
     # A token alone before the host. Not for abfs://CONTAINER@ACCOUNT, which is a name.
-    (re.compile(r"(https?://)[^\s/@\"'<>]+@", re.IGNORECASE), rf"\1{REDACTED}@"),
+    (re.compile(r"((?:https?|s3|gs|gcs)://)[^\s/@\"'<>]+@", re.IGNORECASE), rf"\1{REDACTED}@"),
+    # The query of an object's URL: whatever it is for, the store's own clients take none.
+    (
+        re.compile(r"\b((?:s3|gs|gcs|abfss?|az)://[^\s?\"'<>]*\?)[^\s\"'<>]*=[^\s\"'<>]*"),
+        rf"\1{REDACTED}",
+    ),
     # Signed URLs and headers of S3, Google and Azure; keys of connection strings.
     (
         re.compile(
@@ -108,7 +117,14 @@ def command(verb: str, action: Callable[[], int]) -> int:
     """
     redact_tracebacks()
     try:
-        return action()
+        status = action()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return _SIGPIPE_STATUS
     except (UserError, FormatError) as error:
         print(one_line(redact(f"pixloom {verb}: error: {error}")), file=sys.stderr)
         return 2
@@ -118,6 +134,16 @@ def command(verb: str, action: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"pixloom {verb}: interrupted", file=sys.stderr)
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether who read our stdout has seen enough, as `head` does; what is left goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # of a pipe's other end it tells in any case
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def one_line(text: str) -> str:

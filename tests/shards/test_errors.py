@@ -104,3 +104,27 @@ sys.exit(command("train", action))
     assert done.returncode != 0
     assert "c4n4ry" not in done.stdout + done.stderr
     assert "s3://***@bucket" in done.stderr
+
+
+@pytest.mark.parametrize("number", [10, 100_000])
+def test_a_reader_who_has_seen_enough_is_no_error(number: int) -> None:
+    program = f"""
+import os, sys
+from shards.storage import command
+def action():
+  assert os.read(0, 1) == b"x"  # our reader is gone by now
+  for _ in range({number}): print("a key")
+  return 0
+sys.exit(command("order", action))
+"""
+    pipe = subprocess.PIPE
+    words = [sys.executable, "-W", "error", "-c", program]
+    with subprocess.Popen(words, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.write(b"x")
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141

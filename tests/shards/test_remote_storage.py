@@ -497,6 +497,8 @@ def test_missing_credentials_are_said(seaweedfs: Server, monkeypatch: pytest.Mon
         "abfs://c4n4ry:c4n4ry@account.dfs.core.windows.net/x",
         "az://container/x?sig=c4n4ry",
         "s3://bucket/x?X-Amz-Signature=c4n4ry",
+        "s3://bucket/x?token=c4n4ry",
+        "s3://c4n4ry@bucket/x",
     ],
 )
 def test_a_url_with_credentials_is_refused_without_them(url: str) -> None:
