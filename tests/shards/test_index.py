@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from servers import FaultyProxy, Server, put_tree
 
 from pipeline import order, train
 from pipeline.batch import read_tokens
+from pipeline.loader import Loader
 from pipeline.stream import SampleReader, Shard
 from shards import foreign, images, index, pack, show, storage, tokens, verify
 from shards.foreign import Adoption
@@ -213,6 +215,12 @@ def test_training_reads_them(
     keys = capfd.readouterr().out.split()
     assert len(set(keys)) == 8
     assert set(keys) <= {f"./sub/{at:04d}" for at in range(16)}
+
+    loader = Loader(data, batch_size=4, global_size=8, workers=1)
+    loader.load_state_dict({**loader.state_dict(), "step": 1})
+    batches = list(itertools.islice(loader, 2))
+    assert [key for batch in batches for key in batch.keys] == keys, "what training has at step 1"
+    assert all(batch.token_BT.shape[1] > 2 and batch.weight_B.all() for batch in batches)
 
 
 @pytest.mark.parametrize("tar_format", ["gnu", "pax", "ustar", "v7"])
