@@ -6,7 +6,6 @@ here, in one line, before a process group exists.
 
 import contextlib
 import dataclasses
-import functools
 import os
 import sys
 import warnings
@@ -19,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from pipeline import checkpoint
-from pipeline.cache import Node, Reads, reads_of
+from pipeline.cache import Node
 from pipeline.config import Config, DataConfig, parse_size
 from pipeline.datasets import Datasets
 from pipeline.decode import Decoding
@@ -29,14 +28,12 @@ from pipeline.models import Seq2SeqConfig, build_model
 from pipeline.order import Order
 from pipeline.parallel import unsharded_accelerate
 from pipeline.rng import torch_seed
-from pipeline.stream import BatchDataset, SampleReader, node_places
+from pipeline.stream import BatchDataset, SampleReader
+from pipeline.stream import check_reads as check_reads
 from pipeline.tasks import Task
 from shards.format import FormatError, ImagePolicy
 from shards.storage import UserError
 from shards.tokens import TokenizerFile
-
-MAX_NODE_LINES = 8
-"""Of what nodes read."""
 
 
 def order_of(config: Config, data: Datasets, world_size: int = 1) -> Order:
@@ -76,55 +73,6 @@ def open_split(config: Config, data: Datasets, split: str) -> BatchDataset:
         seed=config.run.seed,
         fit=fit_of(config.data, data.image),
     )
-
-
-def check_reads(order: Order, dataset: BatchDataset) -> None:
-    """Says once what each node reads of an epoch: a line a node, if there are several of them or
-    the data is remote.
-
-    Raises:
-        UserError: the cache cannot hold what this node needs at once.
-    """
-    reader, node = dataset.reader, Node.of_environment()
-
-    @functools.cache  # this node's are asked for twice
-    def reads(one: Node) -> Reads:
-        uses = order.uses(0, node_places(order, one))
-        return reads_of(reader.shards, uses, order.steps_per_epoch)
-
-    cache = reader.cache
-    if cache is not None:
-        own = reads(node)
-        if own.working_bytes > cache.room_bytes:
-            raise UserError(
-                f"data.cache_bytes = {cache.bound_bytes}, room for {cache.room_bytes} bytes of "
-                f"shards: one window of this node's lanes needs {own.num_working} shards, "
-                f"{own.working_bytes} bytes, at once; raise it (in "
-                f"{cache.folder}), or lower data.window or data.lanes"
-            )
-    nodes = node.all
-    if node.ranks[0] > 0 or not node.is_first or (cache is None and len(nodes) == 1):
-        return
-    per_lane = order.global_size // order.lanes
-    for number, one in enumerate(nodes[:MAX_NODE_LINES]):
-        places, found = node_places(order, one), reads(one)
-        lanes = f"{places[0] // per_lane} to {places[-1] // per_lane}"
-        print(
-            f"pixloom: node {number} reads lanes {lanes} of {order.lanes}: {found.num_shards} "
-            f"shards, {found.bytes / 1e6:.1f} MB "
-            + (
-                "an epoch"
-                if found.num_steps == order.steps_per_epoch
-                else f"in the first {found.num_steps} steps"
-            )
-            + (
-                f"; cache {cache.folder}, {cache.bound_bytes / 1e6:.1f} MB at most" if cache else ""
-            ),
-            file=sys.stderr,
-            flush=True,
-        )
-    if len(nodes) > MAX_NODE_LINES:
-        print(f"pixloom: and {len(nodes) - MAX_NODE_LINES} nodes more", file=sys.stderr, flush=True)
 
 
 def image_shape(data: DataConfig, image: ImagePolicy, root: str = "") -> tuple[int, int, int]:

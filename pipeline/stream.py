@@ -367,8 +367,8 @@ def check_reads(
                 f"{cache.folder}), or lower data.window or data.lanes"
             )
     nodes = node.all
-    is_one = node.ranks[0] == 0 and node.is_first
-    if not say or not is_one or (cache is None and len(nodes) == 1):
+    speaks = say and node.ranks[0] == 0 and node.is_first
+    if not speaks or (cache is None and len(nodes) == 1):
         return
     per_lane = order.global_size // order.lanes
     for number, one in enumerate(nodes[:MAX_NODE_LINES]):
