@@ -11,8 +11,9 @@ alone, and may be killed at any moment:
     .lock                   held (`flock`) to make room or to rename: nothing else appears, grows
                             or is evicted then. It says how much the folder holds at most
 
-Nothing is forced to the disk: it can be fetched again, and samples carry a CRC-32. Which shard is
-needed when comes from the order (`Schedule`); what the bytes mean is `pipeline.stream`'s business.
+The mtime of a shard says when a job last read it, or still wanted it (within TOUCH_S). Nothing is
+forced to the disk: it can be fetched again, and samples carry a CRC-32. Which shard is needed when
+comes from the order (`Schedule`); what the bytes mean is `pipeline.stream`'s business.
 """
 
 import contextlib
@@ -43,12 +44,14 @@ PART_BYTES = 16 << 20
 """Of one request; a download holds as much in memory."""
 NUM_ATTEMPTS = 2
 """Of a download that arrives damaged; each request in it has the storage's own attempts."""
+MAX_RECHECKS = 3
+"""Of a shard, by one process: a disk may spoil whatever is written to it."""
 NUM_DOWNLOADS = 6
 """Of the look-ahead, side by side."""
 IDLE_S = 60.0
-"""A file unknown to this job and not read for so long is taken for nobody's."""
+"""A file unknown to this job and neither read nor wanted for so long is taken for nobody's."""
 TOUCH_S = 10.0
-"""How old the mark of a file's last use may be."""
+"""How old the mark (mtime) of a file that is read or wanted may be."""
 POLL_S = 0.02
 MAX_COUNTED_USES = 4096
 """Before a run begins: an epoch of a billion samples has 100,000 and more."""
@@ -85,7 +88,7 @@ class Shard(NamedTuple):
 
 class Need(NamedTuple):
     """When something is needed; the smaller, the sooner. `depth` 0 is what runs now (a validation
-    within training), `depth` 1 what waits for it."""
+    within training), `depth` 1 what waits for it. An infinite `step` is later than was looked."""
 
     depth: int
     step: float
@@ -98,7 +101,7 @@ class CachedFile:
     name: str
     bytes: int
     used_s: float
-    """when it was last read or made"""
+    """when it was last read, wanted or made"""
     need: Need | None
     is_lingering: bool
     """its last use is over, but for a process that lags behind"""
@@ -111,11 +114,11 @@ def choose_victims(
 ) -> list[str] | None:
     """The names of files to remove so that `num_bytes` come free for what is needed at `need`.
 
-    In this order: what nobody is known to need (of this job, or not read by another one for
+    In this order: what nobody is known to need (of this job, or not wanted by another one for
     `IDLE_S`), the least recently used first; what is needed later than `need`, the latest first
-    (Belady, 1966); what lingers; what others read just now; what is needed sooner. The last three
-    only for a reader that waits: a `speculative` download never does such harm. So two jobs that
-    share a folder leave each other the shards they work on, as long as both sets fit.
+    (Belady, 1966); what lingers; what others want; what is needed sooner. The last three only for
+    a reader that waits: a `speculative` download never does such harm. So jobs that share a folder
+    leave each other the shards that they have fetched ahead, whether or not all sets fit.
 
     None when there is not so much to remove.
     """
@@ -125,6 +128,7 @@ def choose_victims(
             if file.is_own or now_s - file.used_s >= IDLE_S:
                 return (0, file.used_s)
             return (3, file.used_s)
+        # By size too: of those that are just late, the same ones stay, and some until needed.
         latest_first = (-file.need.depth, -file.need.step, -file.bytes)
         if file.is_lingering:
             return (2, *latest_first)
@@ -165,10 +169,15 @@ class Schedule:
 
 class Timeline:
     """When each shard of one schedule is needed next. Reads its uses lazily, and forgets those
-    that are over; asking with growing steps costs O(1) each in the mean."""
+    that are over; asking with growing steps costs O(1) each in the mean.
 
-    def __init__(self, schedule: Schedule) -> None:
+    It reads on until shards of four times `room_bytes` are needed. What comes after them is just
+    late, in no order: a cache of that room has been filled anew by then.
+    """
+
+    def __init__(self, schedule: Schedule, room_bytes: int) -> None:
         self._schedule = schedule
+        self._most_bytes = 4 * room_bytes
         # A node may not see a shard for some epochs, and some never.
         self._most_uses = 64 + 4 * len(schedule.shards)
         self._begin(schedule.step - schedule.slack_steps)
@@ -176,37 +185,51 @@ class Timeline:
     def _begin(self, step: int) -> None:
         self._asked = max(0, step)
         self._source = self._schedule.uses(self._asked)
-        self._ahead: dict[int, deque[tuple[int, int]]] = defaultdict(deque)
+        self._ahead: dict[int, list[ShardUse]] = {}
         self._num_uses = 0
+        self._num_bytes = 0
         self._middle_step: float = float("inf")
+        self._is_full = False
 
-    def next_use(self, shard: int) -> tuple[float, bool]:
-        """(first step at which it is needed, whether it lingers); infinity for never."""
+    def next_use(self, shard: int) -> tuple[float | None, bool]:
+        """(first step at which it is needed, whether it lingers); None for never, infinity for
+        late."""
         step = self._schedule.step
         since = max(0, step - self._schedule.slack_steps)
-        if since < self._asked or (self._num_uses >= self._most_uses and since > self._middle_step):
+        if since < self._asked or (self._is_full and since > self._middle_step):
             self._begin(since)
         self._asked = since
-        uses = self._ahead[shard]
-        while uses and uses[0][1] < since:
-            uses.popleft()
-        lingers = bool(uses) and uses[0][1] < step
-        while not (uses and uses[-1][1] >= step) and self._read_more(since):
+        while not self._is_needed(shard, step) and self._read_more(since):
             pass
-        return next((max(u[0], step) for u in uses if u[1] >= step), float("inf")), lingers
+        uses = self._ahead.get(shard, [])
+        while uses and uses[0].last_step < since:
+            del uses[0]
+        lingers = bool(uses) and uses[0].last_step < step
+        unknown = float("inf") if self._is_full else None
+        return next(
+            (max(u.first_step, step) for u in uses if u.last_step >= step), unknown
+        ), lingers
+
+    def _is_needed(self, shard: int, step: int) -> bool:
+        uses = self._ahead.get(shard, [])
+        return bool(uses) and uses[-1].last_step >= step
 
     def _read_more(self, since: int) -> bool:
-        if self._num_uses >= self._most_uses:
-            return False
-        use = next(self._source, None)
+        use = None if self._is_full else next(self._source, None)
         if use is None:
             return False
         if use.last_step >= since:
-            for shard in use.shards:
-                self._ahead[shard].append((use.first_step, use.last_step))
+            for number in use.shards:
+                if number not in self._ahead:
+                    self._ahead[number] = []
+                    shard = self._schedule.shards[number]
+                    self._num_bytes += shard.entry.bytes if shard.is_remote else 0
+                self._ahead[number].append(use)
             self._num_uses += len(use.shards)
-            if self._num_uses >= self._most_uses // 2 and self._middle_step == float("inf"):
-                self._middle_step = use.first_step
+            part = max(self._num_uses / self._most_uses, self._num_bytes / self._most_bytes)
+            if part >= 0.5:
+                self._middle_step = min(self._middle_step, use.first_step)
+            self._is_full = part >= 1
         return True
 
 
@@ -217,10 +240,11 @@ class Outlook:
     def __init__(self) -> None:
         self._timelines: dict[Schedule, Timeline] = {}
 
-    def follow(self, schedules: Sequence[Schedule]) -> None:
-        """Looks at these schedules from now on."""
+    def follow(self, schedules: Sequence[Schedule], room_bytes: int) -> None:
+        """Looks at these schedules from now on, for a cache of `room_bytes`."""
         self._timelines = {
-            schedule: self._timelines.get(schedule) or Timeline(schedule) for schedule in schedules
+            schedule: self._timelines.get(schedule) or Timeline(schedule, room_bytes)
+            for schedule in schedules
         }
 
     def of(self, sha256: str) -> tuple[Need | None, bool]:
@@ -231,7 +255,7 @@ class Outlook:
             for number in schedule.numbers.get(sha256, ()):
                 step, lingers_there = timeline.next_use(number)
                 lingers = lingers or lingers_there
-                if step < float("inf") and (best is None or Need(depth, step) < best):
+                if step is not None and (best is None or Need(depth, step) < best):
                     best = Need(depth, step)
         if best is None and lingers:
             best = Need(len(self._timelines), float("inf"))
@@ -255,7 +279,7 @@ class NodeCache:
         """of readers at work; the last one is what the others wait for"""
         self._own: set[str] = set()
         self._outlook = Outlook()
-        self._rechecked: set[str] = set()
+        self._num_rechecks: dict[str, int] = defaultdict(int)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_outlook": None}
@@ -283,9 +307,13 @@ class NodeCache:
         """For shards; the lock file takes its part."""
         return self.bound_bytes - _HELD_BYTES
 
-    def holds(self, entry: ShardEntry) -> bool:
-        """Whether there is a file to read the shard from."""
-        return any(path.exists() for path in self._places(entry))
+    def keeps(self, entry: ShardEntry) -> bool:
+        """Whether there is a file to read the shard from, which is marked as wanted then."""
+        for path in self._places(entry):
+            with contextlib.suppress(FileNotFoundError):
+                _mark(path, path.stat())
+                return True
+        return False
 
     def held_bytes(self) -> int:
         """The size of all files in the folder."""
@@ -363,31 +391,39 @@ class NodeCache:
         """After a sample failed: whether to read it again.
 
         The copy on this disk may have gone bad, or a small file beside it, or the dataset has been
-        replaced, which the small files tell when they are fetched anew: all are dropped then, once
-        a shard and process.
+        replaced, which the small files tell when they are fetched anew: all are dropped then, but
+        not a copy that is in order: a sample of it that fails again is the dataset's.
         """
         entry = shard.entry
-        if entry.sha256 in self._rechecked:
+        if self._num_rechecks[entry.sha256] >= MAX_RECHECKS:
             return False
-        self._rechecked.add(entry.sha256)
+        self._num_rechecks[entry.sha256] += 1
         for name in (entry.index_name, entry.receipt_name):
             stem = _meta_stem(entry, storage.join(shard.root, name))
             (self.folder / f"{stem}.meta").unlink(missing_ok=True)
-        path, _ = self._places(entry)
-        with self._part(entry.sha256, wait=True), storage.explained(str(path)):
-            try:
-                descriptor = _open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                return True
-            try:
-                if _sha256(descriptor) != entry.sha256 and _is_at(path, descriptor):
-                    path.unlink()
-                    _warn(f"{path}: went bad on this disk; it is fetched again")
-            except OSError:  # a bad sector
-                path.unlink(missing_ok=True)
-            finally:
-                _close(descriptor)
+        good, damaged = self._places(entry)
+        with self._part(entry.sha256, wait=True), storage.explained(str(good)):
+            if self._is_in_order(good, entry.sha256) or damaged.exists():
+                self._num_rechecks[entry.sha256] = MAX_RECHECKS
         return True
+
+    def _is_in_order(self, path: Path, sha256: str) -> bool:
+        """Whether a copy is there and good; a bad one is removed."""
+        try:
+            descriptor = _open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            if _sha256(descriptor) == sha256:
+                return True
+            if _is_at(path, descriptor):
+                path.unlink()
+                _warn(f"{path}: went bad on this disk; it is fetched again")
+        except OSError:  # a bad sector
+            path.unlink(missing_ok=True)
+        finally:
+            _close(descriptor)
+        return False
 
     def follow(self, schedule: Schedule) -> None:
         self.schedules = (*self.schedules, schedule)
@@ -406,9 +442,7 @@ class NodeCache:
         for path in self._places(entry):
             with storage.explained(str(path)), contextlib.suppress(FileNotFoundError):
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                if time.time() - os.fstat(descriptor).st_mtime > TOUCH_S:
-                    with contextlib.suppress(OSError):  # another user's file
-                        os.utime(descriptor)
+                _mark(descriptor, os.fstat(descriptor))
                 return descriptor
         return None
 
@@ -520,7 +554,7 @@ class NodeCache:
         short_bytes = held_bytes + num_bytes - self.bound_bytes
         if short_bytes <= 0:
             return held_bytes
-        outlook.follow(self.schedules)
+        outlook.follow(self.schedules, self.bound_bytes)
         known = [
             CachedFile(name, stat.st_size, stat.st_mtime, *outlook.of(sha256), sha256 in self._own)
             for name, sha256, stat in files
@@ -633,7 +667,7 @@ def node_cache(folder: str, bound_bytes: int) -> NodeCache:
     """
     default = Path(tempfile.gettempdir(), f"pixloom-cache-{os.getuid()}")
     path = storage.local_path(folder) if folder else default
-    with storage.explained(str(path)):
+    with storage.explained(f"data.cache_dir = {path}"):
         path.mkdir(mode=0o777 if folder else 0o700, parents=True, exist_ok=True)
         if not folder and path.stat().st_uid != os.getuid():
             raise UserError(f"{path}: is another user's; name a folder by data.cache_dir")
@@ -647,7 +681,8 @@ def node_cache(folder: str, bound_bytes: int) -> NodeCache:
 
 
 class LookAhead:
-    """Daemon threads that fetch what a schedule needs next, in its order, as far as there is room.
+    """Daemon threads that fetch what a schedule needs next, in its order, as far as there is room,
+    but no more than half of the cache ahead: another job may share it.
 
     What fails here fails again where it is needed, and is reported there.
     """
@@ -667,10 +702,12 @@ class LookAhead:
         self._outlook = Outlook()  # used under the folder's lock alone
         self._stopped = threading.Event()
         self._lock = threading.Lock()
-        self._scan = self._missing()
-        self._next_scan_s = 0.0
-        self._threads = [
-            threading.Thread(target=self._run, name=f"look-ahead-{number}", daemon=True)
+        self._missing: list[tuple[int, Need]] = []
+        self._in_flight: set[int] = set()
+        self._next_s = 0.0
+        self._threads = [threading.Thread(target=self._look, name="look-ahead", daemon=True)]
+        self._threads += [
+            threading.Thread(target=self._fetch, name=f"look-ahead-{number}", daemon=True)
             for number in range(num_threads)
         ]
         for thread in self._threads:
@@ -691,63 +728,95 @@ class LookAhead:
         for thread in self._threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
 
-    def _run(self) -> None:
+    def _look(self) -> None:
+        """Looks all the time, also while downloads take long, there is no room, or training waits:
+        other jobs take what nobody marks."""
+        while not self._stopped.is_set():
+            begin_s = time.monotonic()
+            try:
+                missing = self._find_missing()
+            except Exception as error:
+                logger.debug("look-ahead: %s", redact(repr(error)))
+                missing = []
+            with self._lock:
+                self._missing = missing
+            self._stopped.wait(_pause_s(time.monotonic() - begin_s))
+
+    def _find_missing(self) -> list[tuple[int, Need]]:
+        """Shards that are not in the cache, the latest first; marks those that are."""
+        schedule, cache = self._schedule, self._cache
+        # The soonest is marked last: others that cannot wait take the oldest mark.
+        return [
+            (number, cache._need(schedule, max(step, schedule.step)))
+            for number, step in reversed(self._find_wanted())
+            if not cache.keeps(schedule.shards[number].entry)
+        ]
+
+    def _find_wanted(self) -> list[tuple[int, int]]:
+        """Shards in the order in which they are needed, and when: what is in use now, as much as
+        the cache can hold, and half of the cache ahead of it."""
+        schedule, bound_bytes = self._schedule, self._cache.bound_bytes
+        wanted: dict[int, int] = {}
+        wanted_bytes = ahead_bytes = 0
+        num_uses, most_uses = 0, 64 + 4 * len(schedule.shards)
+        now = schedule.step
+        for use in schedule.uses(now):
+            for number in use.shards:
+                num_uses += 1
+                shard = schedule.shards[number]
+                if number in wanted or not shard.is_remote:
+                    continue
+                wanted_bytes += shard.entry.bytes
+                ahead_bytes += shard.entry.bytes if use.first_step > now else 0
+                if wanted_bytes > bound_bytes or ahead_bytes > bound_bytes // 2:
+                    return list(wanted.items())
+                wanted[number] = use.first_step
+            if num_uses > most_uses:
+                break
+        return list(wanted.items())
+
+    def _fetch(self) -> None:
         while not self._stopped.is_set():
             try:
                 with self._lock:
-                    found = self._next()
+                    found = self._take()
                 if found is None:
                     self._stopped.wait(0.1)
                     continue
                 number, need = found
-                shard = self._schedule.shards[number]
-                begin_s = time.monotonic()
-                done = self._cache.prefetch(shard, need, self._outlook, self._stopped)
-                if done:
+                try:
+                    self._fetch_one(number, need)
+                finally:
                     with self._lock:
-                        self.num_fetched += 1
-                        self.fetched_bytes += shard.entry.bytes
-                    self._prepare(number, self._outlook)
-                elif done is False:
-                    with self._lock:
-                        self._scan = iter(())  # what comes later has no room either
-                        end_s = time.monotonic()
-                        self._next_scan_s = end_s + _pause_s(end_s - begin_s)
+                        self._in_flight.discard(number)
             except Exception as error:
                 logger.debug("look-ahead: %s", redact(repr(error)))
                 self._stopped.wait(2.0)
 
-    def _next(self) -> tuple[int, Need] | None:
-        found = next(self._scan, None)
-        if found is None and time.monotonic() >= self._next_scan_s:
-            begin_s = time.monotonic()
-            self._scan = self._missing()
-            found = next(self._scan, None)
-            end_s = time.monotonic()
-            self._next_scan_s = end_s + _pause_s(end_s - begin_s)
-        return found
+    def _take(self) -> tuple[int, Need] | None:
+        """The next one that nobody has fetched since it was found missing."""
+        while self._missing and time.monotonic() >= self._next_s:
+            number, need = self._missing.pop()
+            entry = self._schedule.shards[number].entry
+            if number not in self._in_flight and not self._cache.keeps(entry):
+                self._in_flight.add(number)
+                return number, need
+        return None
 
-    def _missing(self) -> Iterator[tuple[int, Need]]:
-        """Shards that are not in the cache, in the order in which they are needed, up to as many
-        as it could hold."""
-        schedule, cache = self._schedule, self._cache
-        seen: set[int] = set()
-        ahead_bytes = 0
-        num_uses, most_uses = 0, 64 + 4 * len(schedule.shards)
-        for use in schedule.uses(schedule.step):
-            for number in use.shards:
-                num_uses += 1
-                shard = schedule.shards[number]
-                if number in seen or not shard.is_remote:
-                    continue
-                seen.add(number)
-                ahead_bytes += shard.entry.bytes
-                if ahead_bytes > cache.bound_bytes:
-                    return
-                if not cache.holds(shard.entry):
-                    yield number, cache._need(schedule, max(use.first_step, schedule.step))
-            if num_uses > most_uses:
-                return
+    def _fetch_one(self, number: int, need: Need) -> None:
+        shard = self._schedule.shards[number]
+        begin_s = time.monotonic()
+        done = self._cache.prefetch(shard, need, self._outlook, self._stopped)
+        if done:
+            with self._lock:
+                self.num_fetched += 1
+                self.fetched_bytes += shard.entry.bytes
+            self._prepare(number, self._outlook)
+        elif done is False:
+            end_s = time.monotonic()
+            with self._lock:
+                self._missing = []  # what comes later has no room either
+                self._next_s = end_s + _pause_s(end_s - begin_s)
 
 
 def _pause_s(spent_s: float) -> float:
@@ -861,6 +930,13 @@ def _close_after_fork() -> None:
 os.register_at_fork(after_in_child=_close_after_fork)
 
 
+def _mark(file: Path | int, stat: os.stat_result) -> None:
+    """Tells other jobs that a file is read, or wanted."""
+    if time.time() - stat.st_mtime > TOUCH_S:
+        with contextlib.suppress(OSError):  # another user's, or evicted just now
+            os.utime(file)
+
+
 def _is_at(path: Path, descriptor: int) -> bool:
     """Whether the open file is still the one of that name."""
     try:
@@ -904,4 +980,6 @@ def _read_meta(path: Path) -> str | None:
 
 
 def _warn(line: str) -> None:
-    print(redact(f"pixloom: warning: {line}"), file=sys.stderr, flush=True)
+    # In one piece: other processes write there too.
+    sys.stderr.write(redact(f"pixloom: warning: {line}") + "\n")
+    sys.stderr.flush()

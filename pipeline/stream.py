@@ -584,7 +584,8 @@ def _unfollow(reader: SampleReader, schedule: Schedule) -> None:
 def _end_look_ahead(look_ahead: LookAhead, number: int) -> None:
     look_ahead.close()
     if look_ahead.num_fetched:
-        print(f"pixloom: node {number} {look_ahead.line}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"pixloom: node {number} {look_ahead.line}\n")
+        sys.stderr.flush()
 
 
 Place = tuple[int, int | None]

@@ -8,7 +8,9 @@ counted, imports are not. Then the same from a small dataset of real files to th
 batch. `first_s` is the wall clock's, `first_cpu_s` the processor's, for other work on the machine;
 memory is the most that was resident, less what was after the imports. `drawn` counts the random
 numbers that a process drew, `opened` the shards of which it opened a file: both would grow with the
-place in the epoch if anything walked it. `--json` prints one JSON object on stdout's last line.
+place in the epoch if anything walked it. `eviction` is the first choice of what to evict from a
+cache of 200 shards of the large dataset that were all used, and are needed in the next epoch only;
+`uses` counts the windows that it looked at. `--json` prints one JSON object on stdout's last line.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,17 @@ from numpy.typing import NDArray
 
 from pipeline import rng
 from pipeline.build import open_split, order_of
+from pipeline.cache import CachedFile, Need, Outlook, Schedule, choose_victims
 from pipeline.config import Config, config_of
 from pipeline.datasets import Datasets
+from pipeline.order import ShardUse
 from pipeline.stream import TrainPlans, make_loader
 from shards import pack, synth
 from shards.format import MANIFEST_NAME, ImagePolicy, Manifest, ShardEntry
 
 PLACES = (0.0, 0.9)
 FURTHER_BATCHES = 300
+CACHED_SHARDS = 200
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs=3,
         metavar=("WHAT", "URL", "PLACE"),
         action="append",
-        help="measure ids or batch of a dataset, in this process",
+        help="measure ids, eviction or batch of a dataset, in this process",
     )
     arguments = parser.parse_args(argv)
     if arguments.one:
         for what, url, place in arguments.one:
-            print(json.dumps((first_ids if what == "ids" else first_batch)(url, float(place))))
+            print(json.dumps(MEASURES[what](url, float(place))))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         large, small = Path(folder, "large"), Path(folder, "small")
@@ -73,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "shards": arguments.shards,
             "manifest_MB": round((large / MANIFEST_NAME).stat().st_size / 1e6, 1),
             "ids": compared("ids", large, arguments.rounds),
+            "eviction": compared("eviction", large, arguments.rounds),
             "files": arguments.files,
             "batch": compared("batch", small / "shards", arguments.rounds),
             "cores": os.cpu_count(),
@@ -179,6 +185,42 @@ def first_batch(url: str, place: float) -> dict[str, float]:
     return counted.figures()
 
 
+def first_eviction(url: str, place: float) -> dict[str, float]:
+    """Which of the shards that a node has used goes first."""
+    config = config_for(url, {"global_size": 256, "micro_size": 32}, {})
+    data = Datasets.of(config.data)
+    order = order_of(config, data)
+    shards = [shard._replace(root="s3://bucket/large") for shard in data.shards("train")]
+    plans = TrainPlans(order, order.micros_of(0, 1), 0, 100 * order.steps_per_epoch)
+    cached: set[int] = set()
+    num_uses, stop = 0, int(place * order.steps_per_epoch)
+    for use in plans.uses(stop):
+        cached.update(use.shards)
+        stop = use.last_step + 1
+        if len(cached) >= CACHED_SHARDS:
+            break
+
+    def counted_uses(step: int) -> Iterator[ShardUse]:
+        nonlocal num_uses
+        for use in plans.uses(step):
+            num_uses += 1
+            yield use
+
+    schedule = Schedule(shards, counted_uses, step=stop, slack_steps=1)
+    room_bytes = sum(shards[number].entry.bytes for number in cached)
+    outlook = Outlook()
+    counted = Counted(url)
+    outlook.follow([schedule], room_bytes)
+    files = []
+    for number in cached:
+        entry = shards[number].entry
+        need, lingers = outlook.of(entry.sha256)
+        files.append(CachedFile(entry.name, entry.bytes, 0.0, need, lingers, is_own=True))
+    if not choose_victims(files, 1, Need(0, stop), now_s=0.0, speculative=True):
+        raise RuntimeError("nothing could be evicted")
+    return {**counted.figures(), "uses": num_uses}
+
+
 class Counted:
     """Counts and times from its making on."""
 
@@ -219,6 +261,8 @@ class Counted:
             "opened": len(self.opened),
         }
 
+
+MEASURES = {"ids": first_ids, "eviction": first_eviction, "batch": first_batch}
 
 if __name__ == "__main__":
     sys.exit(main())

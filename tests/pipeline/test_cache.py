@@ -1,7 +1,10 @@
 """The node's cache: what it evicts, what it trusts, and what it never exceeds."""
 
+import functools
+import hashlib
 import itertools
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -20,6 +23,8 @@ from servers import FaultyProxy, Server, put, put_tree
 from pipeline.batch import SampleError
 from pipeline.cache import (
     IDLE_S,
+    MAX_RECHECKS,
+    TOUCH_S,
     CachedFile,
     LookAhead,
     Need,
@@ -28,6 +33,7 @@ from pipeline.cache import (
     Schedule,
     Timeline,
     choose_victims,
+    node_cache,
     reads_of,
 )
 from pipeline.order import Order, ShardUse, validation_batches, validation_uses
@@ -133,11 +139,11 @@ def test_a_timeline_knows_the_next_use(
         return (use for use in uses if use.last_step >= step)
 
     schedule = Schedule(shards_of([1] * 6), uses_from, step=0, slack_steps=slack)
-    timeline = Timeline(schedule)
+    timeline = Timeline(schedule, room_bytes=6)
     for step, shard in asked:  # also backwards
         schedule.step = step
         ahead = [u for u in uses if shard in u.shards and u.last_step >= step]
-        expected = min((max(u.first_step, step) for u in ahead), default=float("inf"))
+        expected = min((max(u.first_step, step) for u in ahead), default=None)
         found, lingers = timeline.next_use(shard)
         assert found == expected
         late = [u for u in uses if shard in u.shards and step - slack <= u.last_step < step]
@@ -150,13 +156,36 @@ def test_a_timeline_without_end_stays_small() -> None:
         return (ShardUse(at, at, (at % 3,)) for at in itertools.count(step))
 
     schedule = Schedule(shards_of([1] * 4), uses_from, step=0, slack_steps=1)
-    timeline = Timeline(schedule)
+    timeline = Timeline(schedule, room_bytes=4)
     for step in range(5000):
         schedule.step = step
         assert timeline.next_use(step % 3)[0] == step
         assert timeline.next_use((step + 2) % 3)[0] == step + 2
         assert timeline.next_use(3)[0] == float("inf")
         assert sum(map(len, timeline._ahead.values())) < 300
+
+
+def test_a_timeline_reads_no_further_than_a_cache_of_its_room_cares() -> None:
+    num_read = 0
+
+    def uses_from(step: int) -> Iterator[ShardUse]:
+        nonlocal num_read
+        for at in range(step, 10_000):
+            num_read += 1
+            yield ShardUse(at, at, (at % 5000,))
+
+    schedule = Schedule(shards_of([10] * 5001), uses_from, step=0, slack_steps=1)
+    timeline = Timeline(schedule, room_bytes=100)
+    for step in range(200):
+        schedule.step = step
+        num_read_before = num_read
+        assert timeline.next_use(4000) == (float("inf"), False)  # late
+        assert timeline.next_use(step + 10) == (step + 10, False)
+        assert num_read - num_read_before <= 42
+    assert num_read < 3 * 200
+    schedule.step = 9990
+    assert timeline.next_use(0) == (None, False)  # never
+    assert timeline.next_use(4999) == (9999, False)
 
 
 # ---- what is evicted
@@ -171,7 +200,7 @@ def misses(sequence: Sequence[int], room: int) -> int:
     shards = shards_of([1] * 5)
     schedule = Schedule(shards, uses_from, step=0, slack_steps=0)
     outlook = Outlook()
-    outlook.follow([schedule])
+    outlook.follow([schedule], room)
     cached: list[int] = []
     num_misses = 0
     for step, wanted in enumerate(sequence):
@@ -225,22 +254,24 @@ FILES = [
     file("soon", 5),
     file("late", 90),
     file("later", 99),
+    file("just-late", float("inf")),
     file("lingering", 95, is_lingering=True),
     file("done", None),
     file("done-before", None, used_s=900),
     file("others", None, is_own=False, used_s=1000),
     file("nobodys", None, is_own=False, used_s=1000 - IDLE_S),
 ]
-ORDER = ["done-before", "nobodys", "done", "later", "late", "lingering", "others", "soon"]
+ORDER = ["done-before", "nobodys", "done", "just-late", "later", "late"]
+ORDER += ["lingering", "others", "soon"]
 
 
-@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("number", range(1, 10))
 def test_the_order_of_eviction(number: int) -> None:
     chosen = choose_victims(FILES, 10 * number, Need(0, 50), now_s=1000, speculative=False)
     assert chosen == ORDER[:number]
     ahead = choose_victims(FILES, 10 * number, Need(0, 50), now_s=1000, speculative=True)
-    assert ahead == (ORDER[:number] if number <= 5 else None)
-    assert choose_victims(FILES, 81, Need(0, 50), now_s=1000, speculative=False) is None
+    assert ahead == (ORDER[:number] if number <= 6 else None)
+    assert choose_victims(FILES, 91, Need(0, 50), now_s=1000, speculative=False) is None
 
 
 def test_no_more_is_evicted_than_needed() -> None:
@@ -468,6 +499,20 @@ def test_a_copy_that_goes_bad_is_fetched_again(
     assert tar_gets(proxy) == [2]
 
 
+def test_a_copy_is_healed_again_and_again_but_not_for_ever(
+    open_reader: OpenReader, proxy: FaultyProxy
+) -> None:
+    reader = open_reader()
+    path = cached(reader, 0)
+    for _ in range(MAX_RECHECKS):
+        assert all(read_all(reader, 0))
+        path.write_bytes(flip(path.read_bytes()))
+    assert all(read_all(reader, 0))
+    path.write_bytes(flip(path.read_bytes()))
+    assert read_all(reader, 0).count(False) == 1
+    assert tar_gets(proxy) == [1 + MAX_RECHECKS]
+
+
 def test_an_index_that_goes_bad_is_fetched_again(open_reader: OpenReader) -> None:
     reader = open_reader()
     assert all(read_all(reader, 0))
@@ -543,6 +588,13 @@ def test_a_cache_of_one_shard_works_and_stays_in_its_bound(
             assert reader.cache.held_bytes() <= largest
     with pytest.raises(UserError, match=r"data\.cache_bytes = 99 cannot hold it"):
         open_reader(99).read(0, 0)
+
+
+@pytest.mark.parametrize("name", ["file", "file/cache"])
+def test_a_folder_that_cannot_be_is_said(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"data\.cache_dir = {tmp_path}/{name}: \w+"):
+        node_cache(str(tmp_path / name), 1000)
 
 
 def test_a_folder_full_of_other_things_is_said(open_reader: OpenReader) -> None:
@@ -685,3 +737,120 @@ def test_look_ahead_survives_a_store_that_fails(
         loader_keys(reader, order, 4, 0)
     proxy.clear()
     assert len(loader_keys(reader, order, 4, 0)) == 8
+
+
+class FakeStore:
+    """Shards of `num_bytes` each; every request waits until its gate is open."""
+
+    def __init__(self, num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_bytes = num_bytes
+        self.requests: list[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        monkeypatch.setattr(storage, "read_range", self._read_range)
+
+    def shards(self, root: str, number: int) -> list[Shard]:
+        urls = [f"{root}/{place}" for place in range(number)]
+        return [
+            Shard(root, ShardEntry(str(n), 1, self.num_bytes, hashlib.sha256(data).hexdigest()))
+            for n, data in enumerate(map(self._bytes, urls))
+        ]
+
+    def _bytes(self, url: str) -> bytes:
+        return url.encode().ljust(self.num_bytes)
+
+    def _read_range(self, url: str, start: int, stop: int) -> bytes:
+        self.requests.append(url)
+        assert self.gate.wait(60)
+        return self._bytes(url)[start:stop]
+
+
+@pytest.fixture
+def fake_store(monkeypatch: pytest.MonkeyPatch) -> FakeStore:
+    return FakeStore(1000, monkeypatch)
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+
+
+def look_ahead(
+    cache: NodeCache, shards: Sequence[Shard], uses: Sequence[ShardUse], num_threads: int = 1
+) -> tuple[LookAhead, Schedule]:
+    """Of a job of its own, with shards alone."""
+
+    def uses_from(step: int) -> Iterator[ShardUse]:
+        return (use._replace(first_step=max(use.first_step, step)) for use in uses
+                if use.last_step >= step)  # fmt: skip
+
+    for shard in shards:
+        cache.adopt(shard)
+    schedule = Schedule(shards, uses_from, step=0, slack_steps=1)
+    cache.follow(schedule)
+    return LookAhead(cache, schedule, lambda number, outlook: None, num_threads), schedule
+
+
+def test_jobs_that_stand_still_leave_each_other_what_they_fetched_ahead(
+    fake_store: FakeStore, tmp_path: Path
+) -> None:
+    """Both sets do not fit; their readers read nothing, for many times IDLE_S."""
+    room = 10
+
+    def marks() -> list[float]:
+        return [path.stat().st_mtime for path in tmp_path.glob("*.tar")]
+
+    uses = [ShardUse(0, 9, tuple(range(4))), ShardUse(5, 9, tuple(range(4, 8)))]
+    ahead = [
+        look_ahead(NodeCache(tmp_path, room * 1000 + 20), fake_store.shards(root, 8), uses)[0]
+        for root in ("s3://b/one", "s3://b/two")
+    ]
+    until(lambda: len(marks()) == room)
+    for _ in range(20):
+        for path in tmp_path.glob("*.tar"):  # as if time passed
+            os.utime(path, (0, path.stat().st_mtime - IDLE_S / 2))
+        until(lambda: min(marks()) > time.time() - TOUCH_S)
+    for one in ahead:
+        one.close()
+    assert len(fake_store.requests) == room
+
+
+def test_a_shard_is_marked_while_one_before_it_is_on_its_way(
+    fake_store: FakeStore, tmp_path: Path
+) -> None:
+    cache = NodeCache(tmp_path, 10_000)
+    shards = fake_store.shards("s3://b/d", 3)
+    os.close(cache.open(shards[2]))
+    path = tmp_path / f"{shards[2].entry.sha256}.tar"
+    os.utime(path, (0, 0))
+    fake_store.gate.clear()
+    uses = [ShardUse(at, at, (at,)) for at in range(3)]
+    ahead, _ = look_ahead(cache, shards, uses, num_threads=2)
+    until(lambda: len(fake_store.requests) == 3)
+    os.utime(path, (0, 0))
+    until(lambda: path.stat().st_mtime > time.time() - TOUCH_S)
+    assert len(list(tmp_path.glob("*.tar"))) == 1
+    fake_store.gate.set()
+    ahead.close()
+
+
+def test_what_is_next_is_on_its_way_while_a_shard_is_in_use(
+    fake_store: FakeStore, tmp_path: Path
+) -> None:
+    """A cold epoch: nothing was there before, and no reader waits but for the first shard."""
+    num_shards = 6
+    cache = NodeCache(tmp_path, 4 * 1000 + 20)
+    shards = fake_store.shards("s3://b/d", num_shards)
+    uses = [ShardUse(at, at, (at,)) for at in range(num_shards)]
+    ahead, schedule = look_ahead(cache, shards, uses)
+    for step in range(num_shards):
+        schedule.step = step
+        if step:
+            assert shards[step].url in fake_store.requests, "it was not on its way"
+        os.close(cache.open(shards[step], schedule))  # in use, until the next one is asked for
+        if step + 1 < num_shards:
+            until(functools.partial(fake_store.requests.__contains__, shards[step + 1].url))
+    ahead.close()
+    assert fake_store.requests == [shard.url for shard in shards], "not once each, in order"
