@@ -20,6 +20,7 @@ from pipeline.cache import Node, reads_of
 from pipeline.order import Order
 from pipeline.stream import Shard, node_places
 from shards import pack, storage, synth
+from shards.format import TAR_BLOCK_BYTES, SampleSpan, parse_index
 from shards.storage import load_manifest
 
 LANES, WINDOW, STEPS = 2, 12, 24
@@ -297,7 +298,36 @@ def test_a_job_killed_within_downloads_goes_on(
     assert not list(cache.glob("*.part"))
 
 
+DAMAGES: dict[str, tuple[Callable[[bytes, SampleSpan, bytes], bytes | None], slice, str]] = {
+    "a bit flipped": (
+        lambda tar, span, _: flipped(tar, span.members[1].offset + 99),
+        slice(3, 4),
+        "its SHA-256 is not the manifest's",
+    ),
+    # In front of a header: to `tarfile` that is a shorter archive in order.
+    "cut inside a sample": (
+        lambda tar, span, _: tar[: span.members[1].offset - TAR_BLOCK_BYTES],
+        slice(3, None),
+        "bytes, the manifest says",
+    ),
+    "missing": (lambda *_: None, slice(None), "there is no such object"),
+    "replaced by one as long": (
+        lambda tar, _, other: other.ljust(len(tar), b"\0"),
+        slice(None),
+        "its SHA-256 is not the manifest's",
+    ),
+}
+"""What becomes of a shard, given its fourth sample and another shard; which samples are lost; and
+the cause."""
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
 def test_damaged_shards_keep_their_place(
+    how: str,
     start: Callable[..., Any],
     config: Callable[[str], Path],
     url: str,
@@ -305,25 +335,49 @@ def test_damaged_shards_keep_their_place(
     digest: Callable[[], str],
     tmp_path: Path,
 ) -> None:
+    change, lost_samples, cause = DAMAGES[how]
     entries = load_manifest(str(packed)).splits["train"]
-    cut = (packed / entries[3].name).read_bytes()
-    put(f"{url}/{entries[3].name}", cut[: len(cut) // 2])
-    storage.remove(f"{url}/{entries[5].name}")
-    words = ["--config", config(url), "--data.cache_dir", tmp_path / "cache"]
-    stopped = start("pipeline.train", *words, "--run.dir", tmp_path / "stopped", world_size=1)
-    assert stopped.wait() == [2]
-    assert "damaged samples (named above), data.max_bad allows 0" in stopped.output()
-    assert "Traceback" not in stopped.output()
+    number, entry = max(enumerate(entries), key=lambda each: each[1].bytes)
+    spans = parse_index((packed / entry.index_name).read_text(), entry.index_name)
+    tar, other = ((packed / entries[place].name).read_bytes() for place in (number, 0))
+    left = change(tar, spans[3], other)
+    if left is None:
+        storage.remove(f"{url}/{entry.name}")
+    else:
+        put(f"{url}/{entry.name}", left)
+    places = {(number, place) for place in range(entry.samples)[lost_samples]}
+    lost = [f"{url}/{entry.name} {spans[place].key}" for _, place in sorted(places & seen(packed))]
+    assert lost
 
-    words += ["--run.dir", tmp_path / "run", "--data.max_bad", 100, "--data.workers", 1]
-    job = start("pipeline.train", *words, world_size=2)
-    job.succeed()
+    words = ["--config", config(url), "--data.cache_dir", tmp_path / "cache", "--data.workers", 1]
+    words += ["--run.dir", tmp_path / "run", "--checkpoint.every_steps", 4]
+    stopped = start("pipeline.train", *words, "--data.max_bad", len(lost) - 1, world_size=2)
+    assert stopped.wait() == [2, 2]
+    said = stopped.output()
+    (error,) = [line for line in said.splitlines() if "error: " in line]
+    told = f"{len(lost)} damaged samples (named above), data.max_bad allows {len(lost) - 1}"
+    assert told in error
+    assert said.count(f"warning: {url}/{entry.name}: damaged (") == 1
+    assert cause in said
+    assert "Traceback" not in said
+    assert all(said.count(f"warning: {sample}: ") == 1 for sample in lost)
+
+    # It goes on from its last checkpoint, and counts what that knows no second time.
+    start("pipeline.train", *words, "--data.max_bad", len(lost), world_size=1).succeed()
     assert digest_of(tmp_path / "run") == digest()
-    # All six of the missing shard and some of the cut one's, each once in two epochs.
-    assert 6 < rows(tmp_path / "run")[-2]["bad_samples"] < 12
-    output = job.output()
-    assert output.count(f"warning: {url}/{entries[3].name}: damaged (") == 1
-    assert f"{url}/{entries[5].name}: damaged (there is no such object; 2 attempts)" in output
+    steps = [row for row in rows(tmp_path / "run") if "order_digest" in row]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    assert steps[-1]["bad_samples"] == len(lost)
+    ledger = (tmp_path / "run" / "damaged.txt").read_text().splitlines()
+    assert sorted(line.partition(": ")[0] for line in ledger) == lost
+
+
+def seen(packed: Path) -> set[tuple[int, int]]:
+    """(shard, index) of what the steps of a run read: an epoch leaves a few samples over."""
+    steps = map(order_of(packed).samples_of, range(STEPS))
+    return {
+        at for ids in steps for at in zip(ids.shard_G.tolist(), ids.index_G.tolist(), strict=True)
+    }
 
 
 @pytest.mark.parametrize("replaced", ["manifest alone", "dataset"])

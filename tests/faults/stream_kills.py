@@ -7,22 +7,31 @@ killed and started again until it is done; then the next run begins, with the ca
 At every step that any life logs, its order_digest must be the undisturbed run's, which read a
 local copy in one process; the cache must never hold more bytes than it may; and no sample may be
 called damaged. What breaks this is a violation: it is printed with the seed, and the exit status
-is 1. Before that, one life without faults and kills, from a cache large enough, must download each
-shard once. `--json` prints one JSON object on stdout's last line.
+is 1. `--json` prints one JSON object on stdout's last line.
+
+A shard is downloaded once unless it is evicted: in every life, GETs of shards <= shards that the
+cache has more than before + evictions (counted through inotify) + replies that the line spoilt.
+So a download that two processes make shows in each life that nobody kills, exactly; a kill may
+cost as many more as can run at once. Before all that come two lives without faults and kills, for
+which there are bounds without evictions too: from a cache large enough each shard is downloaded
+once, and from the small one no more often than a window of the order begins to read one.
 """
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
+import itertools
 import json
 import os
 import random
 import shutil
+import struct
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,27 +45,34 @@ from checkpoint_kills import ended, free_port, rows_of
 from fork_server import ForkServer, Rank
 from servers import FaultyProxy, Server, put_tree, seaweedfs
 
+from pipeline.cache import NUM_DOWNLOADS
+from pipeline.order import Order
 from shards import pack, storage, synth
 from shards.format import Manifest
 
 RANKS, WORKERS = 3, 2
+SEED, GLOBAL_SIZE, MICRO_SIZE = 12, 12, 2
 LANES, WINDOW, SHARD_SAMPLES = 4, 24, 8
 FAULTS = {"unavailable": 0.04, "cut_reply": 0.03, "lost_reply": 0.03, "stall": 0.01}
 """of the bad line, and how many of all requests each strikes"""
+SPOILT = ("cut_reply", "lost_reply", "stall")
+"""faults after which a shard is asked for again, although the storage sent it"""
+MOST_AT_ONCE = NUM_DOWNLOADS + RANKS * WORKERS
+"""downloads that a kill can interrupt: the look-ahead's, and one of each worker"""
 SURVIVORS_S = 45.0
 LIFE_S = 300.0
 MAX_VIOLATIONS = 10
 
 CONFIG = f"""\
 [run]
-seed = 12
+seed = {SEED}
 log_every_steps = 1
 [data]
 window = {WINDOW}
 lanes = {LANES}
 [batch]
-global_size = 12
-micro_size = 2
+global_size = {GLOBAL_SIZE}
+micro_size = {MICRO_SIZE}
 [model]
 name = "seq2seq"
 channels = [8, 16]
@@ -90,7 +106,11 @@ class Totals:
     epochs_undisturbed: float = 0.0
     downloads_small_cache: int = 0
     """the same with the small cache, no faults and no kills"""
+    evictions_small_cache: int = 0
+    needs_small_cache: int = 0
+    """shards that the windows of its steps begin to read, counting repetitions"""
     downloads_disturbed: int = 0
+    evictions_disturbed: int = 0
     steps_disturbed: int = 0
     """that were trained in all lives, some of them more than once"""
     faults: dict[str, int] = field(default_factory=dict)
@@ -102,13 +122,17 @@ class Campaign:
     """Runs that are killed until they are done, in one folder."""
 
     def __init__(
-        self, arguments: argparse.Namespace, folder: Path, server: ForkServer, bucket: Server
-    ) -> None:
+        self, arguments: argparse.Namespace, folder: Path, server: ForkServer, bucket: Server,
+        proxy: FaultyProxy,
+    ) -> None:  # fmt: skip
         self.arguments, self.folder, self.server, self.bucket = arguments, folder, server, bucket
+        self.proxy, self.through = proxy, bucket.through(proxy)
         self.totals = Totals(arguments.seed)
         self.config = folder / "config.toml"
         self.data, self.url = folder / "data", f"{bucket.url}/screens"
         self.digests: dict[int, str] = {}
+        self.shas: set[str] = set()
+        """of the training shards"""
         self.life_s = 5.0
         """how long a life of a whole run takes; learnt"""
 
@@ -123,6 +147,7 @@ class Campaign:
         manifest: Manifest = storage.load_manifest(str(self.data))
         sizes = [entry.bytes for entry in manifest.splits["train"]]
         self.totals.shards, self.totals.shard_bytes = len(sizes), sum(sizes)
+        self.shas = {entry.sha256 for entry in manifest.splits["train"]}
         # A lane's window touches one shard more than it fills; two windows would be twice this.
         files_of_window = LANES * (WINDOW // SHARD_SAMPLES + 1)
         self.totals.cache_bytes = int(1.4 * files_of_window * (max(sizes) + 2000))
@@ -170,56 +195,81 @@ class Campaign:
         environment = server.environment | {"PIXLOOM_STORAGE_READ_S": "2"}
         return self.start(run, logs, self.url, environment, ranks=RANKS, words=words)
 
-    def count_downloads(self, proxy: FaultyProxy, name: str, cache_bytes: int) -> int:
-        """One life that nobody disturbs; shards that it downloaded, counting repetitions."""
-        proxy.reset()
+    def count_downloads(self, name: str, cache_bytes: int) -> tuple[int, int]:
+        """One life that nobody disturbs; shards that it downloaded and that it evicted, counting
+        repetitions."""
+        self.proxy.reset()
         logs, cache = self.folder / name, self.folder / f"{name}-cache"
-        start_s = time.monotonic()
-        ranks = self.stream(
-            self.folder / f"{name}-run", logs, cache, cache_bytes, self.bucket.through(proxy)
-        )
-        with ended(ranks), Bound(cache) as bound:
-            if any(rank.wait() for rank in ranks):
-                self.violate(f"a run that nobody disturbed failed; see {logs}")
-        self.life_s = time.monotonic() - start_s
-        self.check(name, self.folder / f"{name}-run", logs, bound, cache_bytes)
-        return self.tars(proxy)
+        with Traffic(cache, self.proxy, self.shas) as traffic:
+            start_s = time.monotonic()
+            ranks = self.stream(self.folder / f"{name}-run", logs, cache, cache_bytes, self.through)
+            with ended(ranks), Bound(cache) as bound:
+                if any(rank.wait() for rank in ranks):
+                    self.violate(f"a run that nobody disturbed failed; see {logs}")
+            self.life_s = time.monotonic() - start_s
+            self.check(name, self.folder / f"{name}-run", logs, bound, cache_bytes)
+            self.check_downloads(name, traffic, killed=False)
+            return traffic.num_gets, traffic.num_evicted
 
-    def tars(self, proxy: FaultyProxy) -> int:
-        return sum(n for path, n in proxy.gets.items() if "/train/" in path and ".tar" in path)
+    def check_downloads(self, name: str, traffic: "Traffic", *, killed: bool) -> None:
+        """Every download of the last life must have brought a shard, or been spoilt."""
+        num_gets, num_explained = traffic.end_life()
+        most = num_explained + (MOST_AT_ONCE if killed else 0)
+        if num_gets > most:
+            self.violate(f"{name}: {num_gets} downloads of shards, {most} explain themselves")
 
-    def go_on(self, proxy: FaultyProxy) -> None:
+    def num_needs(self) -> int:
+        """How often a window of a run's steps begins to read a shard."""
+        entries = storage.load_manifest(str(self.data)).splits["train"]
+        order = Order(
+            [entry.samples for entry in entries], seed=SEED, global_size=GLOBAL_SIZE,
+            micro_size=MICRO_SIZE, lanes=LANES, window=WINDOW,
+        )  # fmt: skip
+        uses = order.uses(0, range(GLOBAL_SIZE))
+        begun = itertools.takewhile(lambda use: use.first_step < self.arguments.steps, uses)
+        return sum(len(use.shards) for use in begun)
+
+    def go_on(self) -> None:
         """Runs, one after another, until enough kills are done."""
         start_s = time.monotonic()
         totals = self.totals
-        plenty = 10 * totals.shard_bytes
-        totals.downloads_undisturbed = self.count_downloads(proxy, "plenty", plenty)
+        totals.downloads_undisturbed, _ = self.count_downloads("plenty", 10 * totals.shard_bytes)
         num_samples = storage.load_manifest(str(self.data)).num_samples("train")
-        totals.epochs_undisturbed = round(self.arguments.steps / (num_samples // 12), 2)
+        totals.epochs_undisturbed = round(self.arguments.steps / (num_samples // GLOBAL_SIZE), 2)
         if totals.downloads_undisturbed > totals.shards:
             self.violate(
                 f"{totals.downloads_undisturbed} downloads of {totals.shards} shards, by one life "
                 "with room for all"
             )
-        totals.downloads_small_cache = self.count_downloads(proxy, "small", totals.cache_bytes)
-        proxy.reset()
+        totals.downloads_small_cache, totals.evictions_small_cache = self.count_downloads(
+            "small", totals.cache_bytes
+        )
+        totals.needs_small_cache = self.num_needs()
+        if totals.downloads_small_cache > totals.needs_small_cache:
+            self.violate(
+                f"{totals.downloads_small_cache} downloads to the small cache, which windows begin "
+                f"to need {totals.needs_small_cache} times"
+            )
+        self.proxy.reset()
         for kind, rate in FAULTS.items():
-            proxy.inject(kind, rate)
-        number = 0
-        while sum(totals.kills.values()) < self.arguments.kills:
-            number += 1
-            self.one_run(number)
-            if len(totals.violations) >= MAX_VIOLATIONS:
-                break
-        totals.downloads_disturbed = self.tars(proxy)
-        totals.faults = dict(proxy.counts)
+            self.proxy.inject(kind, rate)
+        with Traffic(self.folder / "cache", self.proxy, self.shas) as traffic:
+            number = 0
+            while sum(totals.kills.values()) < self.arguments.kills:
+                number += 1
+                self.one_run(number, traffic)
+                if len(totals.violations) >= MAX_VIOLATIONS:
+                    break
+            totals.downloads_disturbed = traffic.num_gets
+            totals.evictions_disturbed = traffic.num_evicted
+        totals.faults = dict(self.proxy.counts)
         totals.seconds = round(time.monotonic() - start_s, 1)
 
-    def one_run(self, number: int) -> None:
+    def one_run(self, number: int, traffic: "Traffic") -> None:
         """One run from its first life to its end, or to its first violation."""
         rng = random.Random(f"{self.arguments.seed} {number}")
         run, totals = self.folder / f"run-{number:03d}", self.totals
-        cache = self.folder / "cache"
+        cache = traffic.folder
         life = 0
         while True:
             totals.lives += 1
@@ -228,6 +278,7 @@ class Campaign:
             whom = rng.choice(["worker", "rank", "job"])
             at_s = rng.uniform(0.5, self.life_s)
             begin = max(self.digests_of(run), default=0)
+            traffic.begin_life()
             ranks = self.stream(run, logs, cache, totals.cache_bytes, self.through)
             killed = False
             with ended(ranks), Bound(cache) as bound:
@@ -247,7 +298,9 @@ class Campaign:
             totals.kills[whom] += killed
             if not killed and any(statuses):
                 self.violate(f"exit statuses {statuses} of a life that nobody killed; see {logs}")
-            self.check(f"run {number} life {life}", run, logs, bound, totals.cache_bytes)
+            name = f"run {number} life {life}"
+            self.check(name, run, logs, bound, totals.cache_bytes)
+            self.check_downloads(f"{name}; see {logs}", traffic, killed=killed)
             reached = max(self.digests_of(run), default=0)
             totals.steps_disturbed += max(0, reached - begin)
             print(
@@ -309,12 +362,6 @@ class Campaign:
         print(f"VIOLATION {text}", file=sys.stderr, flush=True)
         self.totals.violations.append(text)
 
-    @property
-    def through(self) -> Server:
-        return self.bucket.through(self.proxy)
-
-    proxy: FaultyProxy
-
 
 class Bound:
     """Watches how many bytes a cache holds, at moments when none is evicted or reserved."""
@@ -336,13 +383,93 @@ class Bound:
     def _watch(self) -> None:
         while not self._over.wait(0.02):
             sizes: dict[int, int] = {}  # by inode: a file may be renamed while we look
-            with contextlib.suppress(FileNotFoundError), (self.folder / ".lock").open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError), locked(self.folder):
                 for path in self.folder.iterdir():
                     with contextlib.suppress(FileNotFoundError):
                         stat = path.stat()
                         sizes[stat.st_ino] = stat.st_size
             self.most_bytes = max(self.most_bytes, sum(sizes.values()))
+
+
+# From linux/inotify.h
+IN_MOVED_TO, IN_DELETE, IN_Q_OVERFLOW = 0x80, 0x200, 0x4000
+INOTIFY_EVENT = struct.Struct("iIII")
+
+
+class Traffic:
+    """Shards that come to a new cache over `proxy`, and those that leave it.
+
+    Who survived a life's kills may still download when the next one begins. That counts where it
+    explains more: the start looks at the cache before it looks at the line, the end after it.
+    """
+
+    def __init__(self, folder: Path, proxy: FaultyProxy, shas: set[str]) -> None:
+        self.folder, self.proxy = folder, proxy
+        self.num_evicted = 0
+        self._names = {f"{sha256}.tar" for sha256 in shas}
+        folder.mkdir()
+        libc = ctypes.CDLL(None, use_errno=True)
+        self._fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        # Equal events that follow each other are told as one: so arrivals are watched as well.
+        mask = IN_MOVED_TO | IN_DELETE
+        added = libc.inotify_add_watch(self._fd, os.fsencode(folder), mask)
+        assert added >= 0, os.strerror(ctypes.get_errno())
+        self.begin_life()
+
+    def __enter__(self) -> "Traffic":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    @property
+    def num_gets(self) -> int:
+        """Requests for shards that were answered, whether or not all of the answer arrived."""
+        gets = self.proxy.gets.items()
+        return sum(n for path, n in gets if "/train/" in path and path.endswith(".tar"))
+
+    def begin_life(self) -> None:
+        self._spoilt_before = self._count_spoilt()
+        self._arrived_before = self._count_arrived()
+        self._gets_before = self.num_gets
+
+    def end_life(self) -> tuple[int, int]:
+        """Of this life: answered requests for shards; shards that arrived, evicted since or not,
+        and spoilt answers."""
+        num_gets = self.num_gets - self._gets_before
+        num_arrived = self._count_arrived() - self._arrived_before
+        return num_gets, num_arrived + self._count_spoilt() - self._spoilt_before
+
+    def _count_spoilt(self) -> int:
+        return sum(self.proxy.counts[kind] for kind in SPOILT)
+
+    def _count_arrived(self) -> int:
+        with contextlib.suppress(FileNotFoundError), locked(self.folder):
+            self._count_evicted()
+            return self.num_evicted + sum(p.name in self._names for p in self.folder.iterdir())
+        return 0
+
+    def _count_evicted(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                buffer, offset = os.read(self._fd, 65536), 0
+                while offset < len(buffer):
+                    _, mask, _, size = INOTIFY_EVENT.unpack_from(buffer, offset)
+                    offset += INOTIFY_EVENT.size + size
+                    assert not mask & IN_Q_OVERFLOW, "events were lost"
+                    name = os.fsdecode(buffer[offset - size : offset].rstrip(b"\0"))
+                    self.num_evicted += bool(mask & IN_DELETE) and name in self._names
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within the block, no file of the cache appears, grows or is evicted.
+
+    Raises `FileNotFoundError`: the folder is no cache yet.
+    """
+    with (folder / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -364,10 +491,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.update(bucket.environment)
         proxy = stack.enter_context(FaultyProxy(bucket.endpoint, arguments.seed))
         server = stack.enter_context(ForkServer())
-        campaign = Campaign(arguments, folder.resolve(), server, bucket)
-        campaign.proxy = proxy
+        campaign = Campaign(arguments, folder.resolve(), server, bucket, proxy)
         campaign.prepare()
-        campaign.go_on(proxy)
+        campaign.go_on()
     totals: dict[str, Any] = asdict(campaign.totals)
     if arguments.out is None and not totals["violations"]:
         shutil.rmtree(folder)

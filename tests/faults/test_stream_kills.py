@@ -17,4 +17,8 @@ def test_whoever_is_killed_every_step_sees_the_samples_of_the_order(
     assert sum(result["faults"].values()) > 0
     # With room for all of them, each shard is downloaded once.
     assert 0 < result["downloads_undisturbed"] <= result["shards"]
+    # The small cache evicts: else what it may download would say nothing more.
+    assert 0 < result["evictions_small_cache"] < result["downloads_small_cache"]
+    assert result["downloads_small_cache"] <= result["needs_small_cache"]
+    assert 0 < result["evictions_disturbed"] < result["downloads_disturbed"]
     assert 0 < result["most_cached_bytes"] <= result["cache_bytes"]

@@ -2,10 +2,14 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +21,15 @@ from pipeline.export import read_export
 from pipeline.ranks import Ranks
 from pipeline.runlog import RunLog
 from shards import pack, synth
+from shards.format import TAR_BLOCK_BYTES, parse_index
 from shards.storage import load_manifest
 
 TINY = """
 --run.steps 3 --run.log_every_steps 1 --batch.global_size 4 --batch.micro_size 2
 --model.channels 4,8 --model.hidden_dim 8 --model.embed_dim 4 --checkpoint.every_steps 2
 """
+TWO_EPOCHS = 34
+"""of the training split of `screens`, in steps"""
 
 
 @pytest.fixture
@@ -34,6 +41,16 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(folder: Path, data: Path, *flags: object) -> int:
     words = ["--run.dir", folder, "--data.url", data, *TINY.split(), *flags]
     return train.main([str(word) for word in words])
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def digests(folder: Path) -> list[tuple[int, str]]:
+    """The steps that a run tells of, and its digest after each."""
+    rows = [row for row in rows_of(folder) if "order_digest" in row]
+    return [(row["step"], row["order_digest"]) for row in rows]
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -236,16 +253,92 @@ def test_damaged_samples_stop_the_run_unless_allowed(
     assert "train/000000.tar train-" in captured
     assert "CRC-32 differs" in captured
     assert run(tmp_path / "goes", copy, "--data.max_bad", 1000, "--validate.every_steps", 9) == 0
-    rows = [json.loads(line) for line in (tmp_path / "goes/metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "goes")
     ledger = (tmp_path / "goes/damaged.txt").read_text().splitlines()
     told = [row["bad_samples"] for row in rows if "bad_samples" in row]
     assert len(ledger) == len(set(ledger)) == told[-1] > 0
     assert all("/train/00000" in line and "CRC-32 differs" in line for line in ledger)
     assert run(tmp_path / "clean", screens) == 0
-    clean = [
-        json.loads(line) for line in (tmp_path / "clean/metrics.jsonl").read_text().splitlines()
-    ]
-    assert clean[1]["order_digest"] == rows[1]["order_digest"], "damage must not shift the order"
+    assert digests(tmp_path / "goes") == digests(tmp_path / "clean"), "damage shifted the order"
+
+
+@pytest.fixture(scope="module")
+def whole_run(
+    screens: Path, train_small: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Two epochs that nothing disturbs."""
+    words = f"{TINY} --run.steps {TWO_EPOCHS} --checkpoint.every_steps 99"
+    return train_small(tmp_path_factory.mktemp("whole") / "run", screens, words)
+
+
+def damage(root: Path, how: str) -> set[str]:
+    """Damages the longest training shard; the samples that this costs, as a ledger names them."""
+    entries = load_manifest(str(root)).splits["train"]
+    entry = max(entries, key=lambda entry: entry.bytes)
+    other = (root / next(each for each in entries if each != entry).name).read_bytes()
+    tar, text = root / entry.name, (root / entry.index_name).read_text()
+    lost = spans = parse_index(text, entry.index_name)
+    if how == "a bit flipped":
+        body = bytearray(tar.read_bytes())
+        body[spans[3].members[1].offset + 99] ^= 4
+        tar.write_bytes(body)
+        lost = spans[3:4]
+    elif how.startswith("cut"):
+        number = how.endswith("inside a sample")
+        os.truncate(tar, spans[3].members[number].offset - TAR_BLOCK_BYTES)
+        with tarfile.open(tar) as archive:  # to which nothing seems to be missing
+            before = sum(len(span.members) for span in spans[:3])
+            assert len(archive.getnames()) == before + number
+        lost = spans[3:]
+    elif how == "missing":
+        tar.unlink()
+    elif how == "replaced":
+        tar.write_bytes(other)
+    else:
+        assert how == "replaced by one as long"
+        tar.write_bytes(other.ljust(entry.bytes, b"\0"))
+    return {f"{root}/{entry.name} {span.key}" for span in lost}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "a bit flipped",
+        "cut between samples",
+        "cut inside a sample",
+        "missing",
+        "replaced",
+        "replaced by one as long",
+    ],
+)
+def test_whatever_happens_to_a_shard_no_epoch_is_shorter(
+    how: str,
+    cpu: None,
+    screens: Path,
+    whole_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy, folder = tmp_path / "copy", tmp_path / "run"
+    shutil.copytree(screens, copy)
+    lost = damage(copy, how)
+    flags = ["--run.steps", TWO_EPOCHS, "--validate.every_steps", 99, "--checkpoint.every_steps", 9]
+    assert run(folder, copy, *flags, "--data.max_bad", len(lost) - 1) == 2
+    lines = capsys.readouterr().err.splitlines()
+    (error,) = [line for line in lines if "error: " in line]
+    told = f"{len(lost)} damaged samples (named above), data.max_bad allows {len(lost) - 1}"
+    assert told in error
+    told_of = [line.split(": ")[2] for line in lines if "its place has weight 0" in line]
+    assert sorted(told_of) == sorted(lost)
+
+    # What the checkpoints know of them is not counted again, nor in the second epoch.
+    assert run(folder, copy, *flags, "--data.max_bad", len(lost)) == 0
+    ledger = (folder / "damaged.txt").read_text().splitlines()
+    assert sorted(line.partition(": ")[0] for line in ledger) == sorted(lost)
+    assert digests(folder) == digests(whole_run)
+    assert [step for step, _ in digests(folder)] == list(range(1, TWO_EPOCHS + 1))
+    last = [row for row in rows_of(folder) if "order_digest" in row][-1]
+    assert last["bad_samples"] == len(lost)
 
 
 def test_a_damaged_sample_counts_once_and_stays_known_to_a_resumed_run(
