@@ -10,7 +10,8 @@ SCRIPT = Path(__file__).with_name("checkpoint_kills.py")
 
 
 @pytest.mark.parametrize(
-    ("words", "kills"), [(["--fresh", "0"], 8), (["--same-world-size", "--fresh", "5"], 4)]
+    ("words", "kills"),
+    [(["--precisions", "fp64", "--fresh", "0"], 8), (["--same-world-size", "--fresh", "5"], 4)],
 )
 def test_every_kill_leaves_a_run_that_goes_on_exactly(
     words: list[str], kills: int, run_script: Callable[..., dict[str, Any]]
