@@ -29,7 +29,6 @@ from pipeline.order import Order
 from pipeline.parallel import unsharded_accelerate
 from pipeline.rng import torch_seed
 from pipeline.stream import BatchDataset, SampleReader
-from pipeline.stream import check_reads as check_reads
 from pipeline.tasks import Task
 from shards.format import FormatError, ImagePolicy
 from shards.storage import UserError

@@ -23,7 +23,6 @@ import hashlib
 import logging
 import os
 import re
-import sys
 import tempfile
 import threading
 import time
@@ -35,6 +34,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pipeline.order import ShardUse
 from shards import storage
+from shards.errors import tell
 from shards.format import FormatError, ShardEntry
 from shards.storage import MissingError, UserError, redact
 
@@ -980,6 +980,4 @@ def _read_meta(path: Path) -> str | None:
 
 
 def _warn(line: str) -> None:
-    # In one piece: other processes write there too.
-    sys.stderr.write(redact(f"pixloom: warning: {line}") + "\n")
-    sys.stderr.flush()
+    tell(redact(f"pixloom: warning: {line}"))

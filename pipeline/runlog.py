@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from pipeline.grammar import Grammar
 from pipeline.ranks import Ranks, said_once
 from pipeline.state import TrainState
 from shards import storage
+from shards.errors import tell
 from shards.storage import UserError
 
 METRICS_NAME = "metrics.jsonl"
@@ -70,11 +70,11 @@ class RunLog:
 
     def say(self, line: str) -> None:
         if self.ranks.is_main:
-            _show(f"pixloom: {line}")
+            tell(f"pixloom: {line}")
 
     def warn(self, line: str) -> None:
         """A line from whichever rank has something to tell."""
-        _show(f"pixloom: warning: {line}")
+        tell(f"pixloom: warning: {line}")
 
     def account_for_bad(
         self, state: TrainState, own: Mapping[str, str], num_bad: int, max_bad: int
@@ -164,12 +164,6 @@ class RunLog:
                     f"{self.path}: {error.strerror}; rows are missing until it can be written"
                 )
             self._failing = True
-
-
-def _show(line: str) -> None:
-    # At once with its end: other processes write to the same place.
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
 
 
 def _shown(value: object) -> str:

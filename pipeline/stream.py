@@ -42,7 +42,7 @@ from pipeline.slots import InSlot, Slots
 from pipeline.threads import Threads, some_ahead
 from pipeline.workers import Workers
 from shards import storage
-from shards.errors import redact
+from shards.errors import redact, tell
 from shards.format import FormatError, Receipt, SampleSpan, parse_index
 from shards.storage import UserError
 from shards.tokens import TokenizerFile
@@ -584,8 +584,7 @@ def _unfollow(reader: SampleReader, schedule: Schedule) -> None:
 def _end_look_ahead(look_ahead: LookAhead, number: int) -> None:
     look_ahead.close()
     if look_ahead.num_fetched:
-        sys.stderr.write(f"pixloom: node {number} {look_ahead.line}\n")
-        sys.stderr.flush()
+        tell(f"pixloom: node {number} {look_ahead.line}")
 
 
 Place = tuple[int, int | None]

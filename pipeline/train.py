@@ -39,7 +39,7 @@ from pipeline.runlog import RunLog
 from pipeline.saver import GROUP_TIMEOUT, Saver
 from pipeline.state import TrainState
 from pipeline.stop import EXIT_REQUEUE, StopRequest
-from pipeline.stream import BatchDataset, TrainPlans, grouped, make_loader
+from pipeline.stream import BatchDataset, TrainPlans, check_reads, grouped, make_loader
 from pipeline.tasks import Task, build_task
 from pipeline.validate import BadSamplesError, evaluate
 from pipeline.warm_start import begin_from
@@ -117,7 +117,7 @@ def setup(config: Config, stop: StopRequest) -> Run:
         data = Datasets.of(config.data)
         order = build.order_of(config, data, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         train_data = build.open_split(config, data, "train")
-        build.check_reads(order, train_data)
+        check_reads(order, train_data)
         val_data = build.open_split(config, data, "val") if "val" in data.splits else None
         model = build.new_model(config, data)
         task = build_task(config.model, build.dtype_of(config), build.decoding_of(config, data))

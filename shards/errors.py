@@ -146,6 +146,12 @@ def _nobody_reads() -> bool:
     return True
 
 
+def tell(line: str) -> None:
+    """A line on stderr, at once with its end: other processes write to the same place."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
 def one_line(text: str) -> str:
     """`text` with control characters and line ends, as names of files may have them, spelt out."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
